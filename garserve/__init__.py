@@ -1,0 +1,1 @@
+"""garserve: the deployment runtime for Grasp Any Region models."""

@@ -1,0 +1,288 @@
+"""What a GAR checkpoint's JSON files say, read as plain data (floor 1: any room may import it).
+
+Nothing here runs code from a checkpoint: `auto_map` and everything else that is unknown is ignored.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from garserve.errors import CheckpointError
+
+BoxScale = Literal["released", "geometric"]
+
+
+@dataclass(frozen=True)
+class TowerTraits:
+    """What a vision architecture's name implies; timm keeps these in code, not in the config."""
+
+    heads: int
+    mlp_ratio: float
+    class_token: bool
+    rope_offset: int  # added to the patch positions 0..grid-1 of the rotary embedding
+
+
+ARCHITECTURES: Mapping[str, TowerTraits] = {
+    "vit_pe_core_large_patch14_336": TowerTraits(heads=16, mlp_ratio=4.0, class_token=True, rope_offset=1),
+    "vit_pe_core_gigantic_patch14_448": TowerTraits(heads=16, mlp_ratio=8960 / 1536, class_token=False, rope_offset=0),
+}
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Shape of the PE vision tower. Sizes in pixels unless named otherwise."""
+
+    architecture: str
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    image_size: int
+    patch_size: int
+    class_token: bool
+    rope_offset: int
+    rope_reference_grid: int
+    layer_scale: bool
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a tile."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class GARConfig:
+    """Everything garserve reads from a checkpoint's configuration files."""
+
+    vision: VisionConfig
+    text: dict[str, Any]  # arguments of transformers' LlamaConfig
+    image_token_id: int
+    crop_token_ids: tuple[int, ...]
+    pooling: int
+    replay_box_scale: BoxScale
+    max_num_tiles: int
+    pixel_mean: tuple[float, float, float]  # of values in 0..1
+    pixel_std: tuple[float, float, float]
+
+    @property
+    def prompt_count(self) -> int:
+        """How many regions one request may name: <Prompt0> .. <Prompt{count-1}>."""
+        return len(self.crop_token_ids)
+
+    @property
+    def tile_size(self) -> int:
+        """Side of a tile in pixels."""
+        return self.vision.image_size
+
+    @property
+    def tokens_per_side(self) -> int:
+        """Side n of a tile's token grid after pooling; also the output side of the replay."""
+        return self.vision.grid // self.pooling
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Tokens of one tile, of the thumbnail, and of one replayed region: n²."""
+        return self.tokens_per_side**2
+
+    @property
+    def hidden_size(self) -> int:
+        """Width C of the decoder's embeddings."""
+        return int(self.text["hidden_size"])
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the decoder's embedding table."""
+        return int(self.text["vocab_size"])
+
+    @property
+    def tied_head(self) -> bool:
+        """True where the output layer is the embedding table, and the file holds no lm_head."""
+        return bool(self.text.get("tie_word_embeddings", False))
+
+    def with_box_scale(self, scale: BoxScale) -> "GARConfig":
+        """Return the same config with the other definition of the replayed box."""
+        return replace(self, replay_box_scale=scale)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+
+class _ModelArgs(_Strict):
+    embed_dim: int = Field(gt=0)
+    depth: int = Field(gt=0)
+    img_size: tuple[int, int]
+    num_heads: int | None = None
+    mlp_ratio: float | None = None
+    patch_size: int | None = None
+    init_values: float | None = None
+    ref_feat_shape: tuple[int, int] | None = None
+    use_post_transformer_norm: Literal[False]
+    global_pool: Literal[""] = ""
+
+
+class _Vision(_Strict):
+    architecture: str
+    model_args: _ModelArgs
+
+
+class _Multimodal(_Strict):
+    model_type: Literal["perception_lm"]
+    image_token_id: int
+    projector_pooling_ratio: int = Field(gt=0)
+    vision_use_cls_token: bool
+    vision_config: _Vision
+    text_config: dict[str, Any]
+
+
+class _File(_Strict):
+    model_type: Literal["GAR"]
+    mllm_config: _Multimodal
+    crop_tokens_ids: list[int] = Field(min_length=1)
+    prompt_numbers: int = Field(gt=0)
+    patch_size_h: int = Field(gt=0)
+    patch_size_w: int = Field(gt=0)
+    mask_path_embedding_out_channels: int  # the authors' spelling
+    replay_box_scale: BoxScale = "released"
+
+
+class _Preprocessor(_Strict):
+    max_num_tiles: int = Field(default=36, ge=1, le=36)
+    tile_size: int = Field(default=448, gt=0)
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    vision_input_type: Literal["thumb+tile"] = "thumb+tile"
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a checkpoint; CheckpointError names the file when it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint file missing: {path}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"checkpoint file {path} is not JSON: {error}") from None
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def _validated(model: type[_Model], data: Any, source: str) -> _Model:
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "(whole file)"
+        raise CheckpointError(
+            f"{source}: field {where}: {first['msg']}, got {first.get('input')!r:.80}; "
+            "expected the configuration of a GAR model"
+        ) from None
+
+
+def parse_config(config: Any, preprocessor: Any, source: str = "config.json") -> GARConfig:
+    """Build a GARConfig from the parsed `config.json` and `preprocessor_config.json`.
+
+    Raises CheckpointError naming the field where the data is not a GAR configuration.
+    """
+    file = _validated(_File, config, source)
+    pre = _validated(_Preprocessor, preprocessor, "preprocessor_config.json")
+    mllm, arguments = file.mllm_config, file.mllm_config.vision_config.model_args
+    vision = _vision_config(file, source)
+
+    def expect(condition: bool, field: str, message: str) -> None:
+        if not condition:
+            raise CheckpointError(f"{source}: field {field}: {message}")
+
+    expect(
+        file.mask_path_embedding_out_channels == arguments.embed_dim,
+        "mask_path_embedding_out_channels",
+        f"expected the tower's width {arguments.embed_dim}, got {file.mask_path_embedding_out_channels}",
+    )
+    expect(
+        file.prompt_numbers == len(file.crop_tokens_ids),
+        "prompt_numbers",
+        f"expected one per crop token ({len(file.crop_tokens_ids)}), got {file.prompt_numbers}",
+    )
+    expect(
+        vision.grid % mllm.projector_pooling_ratio == 0,
+        "projector_pooling_ratio",
+        f"expected a divisor of the patch grid {vision.grid}, got {mllm.projector_pooling_ratio}",
+    )
+    expect(
+        pre.tile_size == vision.image_size,
+        "preprocessor tile_size",
+        f"expected the tower's image size {vision.image_size}, got {pre.tile_size}",
+    )
+    for key in ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads"):
+        expect(isinstance(mllm.text_config.get(key), int), f"mllm_config.text_config.{key}", "expected a whole number")
+    expect(
+        mllm.text_config.get("model_type") == "llama",
+        "mllm_config.text_config.model_type",
+        f"expected 'llama', got {mllm.text_config.get('model_type')!r}",
+    )
+    return GARConfig(
+        vision=vision,
+        text=mllm.text_config,
+        image_token_id=mllm.image_token_id,
+        crop_token_ids=tuple(file.crop_tokens_ids),
+        pooling=mllm.projector_pooling_ratio,
+        replay_box_scale=file.replay_box_scale,
+        max_num_tiles=pre.max_num_tiles,
+        pixel_mean=pre.image_mean,
+        pixel_std=pre.image_std,
+    )
+
+
+def _vision_config(file: _File, source: str) -> VisionConfig:
+    mllm, arguments = file.mllm_config, file.mllm_config.vision_config.model_args
+    name = mllm.vision_config.architecture
+    traits = ARCHITECTURES.get(name)
+    if traits is None:
+        raise CheckpointError(
+            f"{source}: field mllm_config.vision_config.architecture: expected one of {sorted(ARCHITECTURES)}, got {name!r}"
+        )
+    if mllm.vision_use_cls_token != traits.class_token:
+        raise CheckpointError(
+            f"{source}: field mllm_config.vision_use_cls_token: {name} has class_token={traits.class_token}, "
+            f"got {mllm.vision_use_cls_token}"
+        )
+    patch = arguments.patch_size or file.patch_size_h
+    size, heads = arguments.img_size[0], arguments.num_heads or traits.heads
+    if arguments.img_size[0] != arguments.img_size[1] or file.patch_size_h != file.patch_size_w or size % patch:
+        raise CheckpointError(
+            f"{source}: field img_size: expected a square made of square patches, "
+            f"got {arguments.img_size} with patches of {file.patch_size_h}x{file.patch_size_w}"
+        )
+    if arguments.embed_dim % heads or (arguments.embed_dim // heads) % 4:
+        raise CheckpointError(
+            f"{source}: field embed_dim: {arguments.embed_dim} does not give {heads} heads of a width divisible by 4"
+        )
+    reference = arguments.ref_feat_shape or (size // patch, size // patch)
+    return VisionConfig(
+        architecture=name,
+        width=arguments.embed_dim,
+        depth=arguments.depth,
+        heads=heads,
+        mlp_width=int(arguments.embed_dim * (arguments.mlp_ratio or traits.mlp_ratio)),
+        image_size=size,
+        patch_size=patch,
+        class_token=traits.class_token,
+        rope_offset=traits.rope_offset,
+        rope_reference_grid=reference[0],
+        layer_scale=arguments.init_values is not None,
+    )
+
+
+def read_config(folder: Path) -> GARConfig:
+    """Read `config.json` and `preprocessor_config.json` of a checkpoint folder.
+
+    Raises CheckpointError where a file is missing or is not that of a GAR model.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"checkpoint folder not found: {folder}")
+    path = folder / "config.json"
+    return parse_config(read_json(path), read_json(folder / "preprocessor_config.json"), str(path))

@@ -1,0 +1,116 @@
+"""Images from outside, to upright 8-bit RGB arrays. Regions are given in this upright frame."""
+
+import base64
+import binascii
+import io
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from garserve.errors import ImageError
+
+ImageSource = str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]
+
+# Pixels of width x height above which a file is refused before it is decoded.
+MAX_PIXELS = 150_000_000
+
+_BACKGROUND = (255, 255, 255)  # transparent pixels are laid on white, as vLLM lays them
+
+
+def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """Read an image as RGB uint8 [H, W, 3], upright by its EXIF orientation.
+
+    `source` is a path, the bytes of a file, a `data:` URL, a PIL image, or an array [H, W], [H, W, 3] or [H, W, 4]
+    of uint8, uint16 or bool. Palettes, alpha (on white), 16 bits a channel and CMYK are converted.
+    Raises ImageError naming the source when it cannot be read, is no image, or has more than `max_pixels` pixels.
+    """
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, "image", max_pixels)
+    file, name = _open_bytes(source)
+    with file:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                image = Image.open(file)
+                return _to_rgb(image, name, max_pixels)
+        except Image.DecompressionBombError:
+            raise ImageError(f"{name}: more than {max_pixels} pixels; refused before decoding") from None
+        except UnidentifiedImageError:
+            raise ImageError(f"{name}: not an image (expected PNG, JPEG, WebP or another format that Pillow reads)") from None
+        except (OSError, SyntaxError, ValueError, EOFError) as error:
+            if isinstance(error, ImageError):
+                raise
+            raise ImageError(f"{name}: broken or truncated image ({error})") from None
+
+
+def _open_bytes(source: str | os.PathLike[str] | bytes) -> tuple[io.IOBase, str]:
+    if isinstance(source, bytes):
+        if not source:
+            raise ImageError("image bytes: empty")
+        return io.BytesIO(source), "image bytes"
+    if isinstance(source, str) and source.startswith("data:"):
+        header, _, payload = source.partition(",")
+        if not header.endswith(";base64"):
+            raise ImageError(f"image data URL: expected base64 data, got {header[:60]!r}")
+        try:
+            return io.BytesIO(base64.b64decode(payload, validate=True)), "image data URL"
+        except binascii.Error as error:
+            raise ImageError(f"image data URL: not base64 ({error})") from None
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        try:
+            return path.open("rb"), str(path)
+        except FileNotFoundError:
+            raise ImageError(f"{path}: no such file") from None
+        except (OSError, ValueError) as error:
+            raise ImageError(f"{str(path)[:200]}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    raise ImageError(f"image: expected a path, bytes, data URL, PIL image or array, got {type(source).__name__}")
+
+
+def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> NDArray[np.uint8]:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError(f"{name}: {width}x{height} pixels; refused, more than {max_pixels} pixels")
+    if width == 0 or height == 0:
+        raise ImageError(f"{name}: {width}x{height} pixels; expected at least one")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        image = _from_wide(image, name)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, _BACKGROUND)
+        canvas.alpha_composite(image)
+        image = canvas
+    return np.array(image.convert("RGB"), dtype=np.uint8)
+
+
+def _from_wide(image: Image.Image, name: str) -> Image.Image:
+    """32-bit grey: 16-bit files of old Pillow paths land here; anything outside 0..65535 has no defined white."""
+    values = np.asarray(image)
+    low, high = float(values.min()), float(values.max())
+    if image.mode == "F" or low < 0 or high > 65535:
+        raise ImageError(f"{name}: mode {image.mode} with values {low:g}..{high:g}; expected 8 or 16 bits a channel")
+    return Image.fromarray((values.astype(np.uint32) >> 8).astype(np.uint8))
+
+
+def _from_array(array: NDArray[Any]) -> NDArray[np.uint8]:
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or 0 in array.shape:
+        raise ImageError(f"image array: expected shape [H, W], [H, W, 3] or [H, W, 4], got {list(array.shape)}")
+    if array.dtype == np.uint16:
+        array = (array >> 8).astype(np.uint8)
+    elif array.dtype == np.bool_:
+        array = array.astype(np.uint8) * np.uint8(255)
+    elif array.dtype != np.uint8:
+        raise ImageError(f"image array: expected uint8, uint16 or bool, got {array.dtype}")
+    if array.ndim == 3 and array.shape[2] == 3:
+        return np.ascontiguousarray(array)
+    return _to_rgb(Image.fromarray(array), "image array", MAX_PIXELS)

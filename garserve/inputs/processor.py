@@ -1,0 +1,155 @@
+"""A request made ready for a model: token ids, and for each run of placeholders the tiles that it is computed from."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+import torch
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from garserve.config import BoxScale, GARConfig
+from garserve.errors import InputError, RequestError
+from garserve.inputs.images import load_image
+from garserve.inputs.prompts import Span, assemble
+from garserve.inputs.regions import Region, normalised_box
+from garserve.inputs.shapes import Box, Mask
+from garserve.inputs.request import RegionRequest
+from garserve.inputs.roi import RoI, replay_roi
+from garserve.inputs.tiles import TiledImage, pack_mask, tile_image, tile_mask
+from garserve.inputs.tokenizer import GARTokenizer
+
+KEY_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Item:
+    """One run of placeholders and what its embeddings depend on.
+
+    An image item holds all tiles of the image, thumbnail first, and gives n² tokens for each. A region item holds
+    the few tiles that its RoI reads, and gives n² tokens in all. `hash` covers all of this.
+    """
+
+    tiles: torch.Tensor  # uint8 [T, 3, S, S]
+    masks: torch.Tensor  # uint8 [T, S, ceil(S/8)]: bits of the union of the request's regions
+    keys: tuple[bytes, ...]  # one per tile, over its pixels and its mask
+    roi: RoI | None
+    hash: str
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """A request as a model reads it: placeholders of `items[i]` lie at `spans[i]` of `token_ids`."""
+
+    token_ids: list[int]
+    items: list[Item]
+    spans: list[Span]
+    boxes: list[Box]  # normalised, of all regions
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    image: TiledImage
+    digests: tuple[bytes, ...]
+
+
+class Processor:
+    """Turns requests into PreparedRequests for one checkpoint; safe to use from several threads."""
+
+    def __init__(
+        self, folder: Path, config: GARConfig, *, max_num_tiles: int | None = None, kept_images: int = 8
+    ) -> None:
+        """Read the tokenizer; `kept_images` most recent images stay tiled, so that their next request is cheap."""
+        if max_num_tiles is not None and not 1 <= max_num_tiles <= 36:
+            raise RequestError(f"max_num_tiles: expected 1 to 36, got {max_num_tiles}")
+        self.config = config
+        self.max_num_tiles = max_num_tiles or config.max_num_tiles
+        self.tokenizer = GARTokenizer(folder / "tokenizer.json", config)
+        self._kept: OrderedDict[bytes, _Pixels] = OrderedDict()
+        self._kept_images = kept_images
+        self._lock = Lock()
+
+    def variant(self, *, max_num_tiles: int | None = None, box_scale: BoxScale | None = None) -> "Processor":
+        """Return a processor for the same checkpoint with other tiling or the other definition of the box."""
+        twin = copy(self)
+        twin._kept = OrderedDict()
+        twin.max_num_tiles = max_num_tiles or self.max_num_tiles
+        if box_scale is not None:
+            twin.config = replace(self.config, replay_box_scale=box_scale)
+        return twin
+
+    def __call__(self, request: RegionRequest) -> PreparedRequest:
+        """Check a request, read its image, draw its regions, and lay out prompt and items.
+
+        Raises an InputError that names the field where anything about the request cannot be used.
+        """
+        regions = request.parsed_regions()
+        request.check(self.config.prompt_count)
+        image = load_image(request.image)
+        masks = draw_masks(regions, image.shape[0], image.shape[1])
+        return self.prepare(request, image, masks, [normalised_box(mask) for mask in masks])
+
+    def prepare(
+        self, request: RegionRequest, image: NDArray[np.uint8], masks: Sequence[Mask], boxes: Sequence[Box]
+    ) -> PreparedRequest:
+        """Lay out a checked request of which image [H, W, 3], masks [H, W] and normalised boxes are at hand."""
+        listed = request.listed()
+        items = self.items(image, masks, [boxes[position] for position in listed])
+        prompt = assemble(request, len(items[0].tiles), self.tokenizer, self.config)
+        return PreparedRequest(prompt.token_ids, items, [prompt.image_span, *prompt.region_spans], list(boxes))
+
+    def items(self, image: NDArray[np.uint8], masks: Sequence[Mask], boxes: Sequence[Box]) -> list[Item]:
+        """Return the image's item, marked with the union of all masks, and one region item for each box."""
+        pixels = self._tiled(image)
+        tiles, grid = pixels.image.tiles, pixels.image.grid
+        packed = pack_mask(tile_mask(np.logical_or.reduce(list(masks)), grid, self.config.tile_size))
+        keys = tuple(
+            blake3(digest + mask.tobytes()).digest(KEY_BYTES)
+            for digest, mask in zip(pixels.digests, packed.numpy(), strict=True)
+        )
+        items = [make_item(tiles, packed, keys, None)]
+        for box in boxes:
+            roi = replay_roi(box, grid, self.config)
+            chosen = roi.window.tile_indices(grid)
+            items.append(make_item(tiles[chosen], packed[chosen], tuple(keys[i] for i in chosen), roi))
+        return items
+
+    def _tiled(self, image: NDArray[np.uint8]) -> _Pixels:
+        shape = np.asarray(image.shape, dtype=np.int64)
+        key = blake3(shape.tobytes() + bytes([self.max_num_tiles])).update(np.ascontiguousarray(image).data).digest()
+        with self._lock:
+            if (kept := self._kept.get(key)) is not None:
+                self._kept.move_to_end(key)
+                return kept
+        tiled = tile_image(image, self.max_num_tiles, self.config.tile_size)
+        pixels = _Pixels(tiled, tuple(blake3(tile.data).digest() for tile in tiled.tiles.numpy()))
+        with self._lock:
+            self._kept[key] = pixels
+            while len(self._kept) > self._kept_images:
+                self._kept.popitem(last=False)
+        return pixels
+
+
+def draw_masks(regions: Sequence[Region], height: int, width: int) -> list[Mask]:
+    """Draw each region on an image of this size; an error names the region's position."""
+    masks = []
+    for position, region in enumerate(regions):
+        try:
+            masks.append(region.mask(height, width))
+        except InputError as error:
+            raise type(error)(f"regions[{position}]: {error}") from None
+    return masks
+
+
+def make_item(tiles: torch.Tensor, masks: torch.Tensor, keys: tuple[bytes, ...], roi: RoI | None) -> Item:
+    """Make an item and its hash, which covers tiles, masks and what the replay reads."""
+    window = roi.window if roi else None
+    numbers = np.asarray(roi.box if roi else (), dtype=np.float32).tobytes()
+    places = (*roi.grid, window.top, window.bottom, window.left, window.right) if roi and window else ()
+    digest = blake3(b"region" if roi else b"image")
+    digest.update(numbers).update(np.asarray(places, dtype=np.int64).tobytes()).update(b"".join(keys))
+    return Item(tiles, masks, keys, roi, digest.hexdigest(32))

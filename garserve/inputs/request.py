@@ -1,0 +1,111 @@
+"""What a user asks for: one image, its regions, and what to say about them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from garserve.errors import RequestError
+from garserve.inputs.images import ImageSource
+from garserve.inputs.regions import Region
+from garserve.inputs.tokenizer import PROMPT_NAME
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One later turn of a conversation about the same regions."""
+
+    role: Literal["user", "assistant"]
+    text: str
+
+
+@dataclass(frozen=True)
+class RegionRequest:
+    """One image with its regions and a question about them.
+
+    Without a question, the one region is described in the authors' single-region form. With a question, the regions
+    are `<Prompt0>`, `<Prompt1>`, … in their order (the multi-region form). `focus` lists only some of the regions in
+    the prompt, while the image is still encoded with all of them marked: requests that differ in `focus` or question
+    share the image's encoding and its KV blocks. `turns` continue the conversation, the last one being the user's.
+
+    Tokens are the most probable ones at `temperature` 0; `max_tokens` bounds the answer.
+    """
+
+    image: ImageSource
+    regions: Sequence[Any]  # Region, or what Region.parse takes
+    question: str | None = None
+    system: str | None = None
+    max_tokens: int = 256
+    temperature: float = 0.0
+    seed: int | None = None
+    focus: Sequence[int] | None = None
+    prompt_index: int | None = None  # which <PromptK> names the region of the single-region form; the authors' is 1
+    turns: Sequence[Turn] = field(default_factory=tuple)
+    id: str | None = None
+
+    def parsed_regions(self) -> list[Region]:
+        """Return the regions as Region objects; RequestError where there is none."""
+        if isinstance(self.regions, str | bytes | dict | Region) or not hasattr(self.regions, "__len__"):
+            raise RequestError(f"regions: expected a list of regions, got {type(self.regions).__name__}")
+        if len(self.regions) == 0:
+            raise RequestError("regions: expected at least one region, got none")
+        return [Region.parse(region) for region in self.regions]
+
+    def check(self, prompt_count: int) -> None:
+        """Check that regions, question and options fit together and fit a checkpoint with `prompt_count` prompts.
+
+        Raises RequestError naming the field, what was expected and what came.
+        """
+        count = len(self.regions)
+        if count > prompt_count:
+            raise RequestError(f"regions: this checkpoint takes at most {prompt_count} regions at once, got {count}")
+        if self.question is None:
+            self._check_single(count, prompt_count)
+        elif not isinstance(self.question, str) or not self.question.strip():
+            raise RequestError(f"question: expected a text, got {self.question!r:.80}")
+        if not isinstance(self.max_tokens, int) or isinstance(self.max_tokens, bool) or self.max_tokens < 1:
+            raise RequestError(f"max_tokens: expected at least 1, got {self.max_tokens!r}")
+        if not 0 <= self.temperature < float("inf"):
+            raise RequestError(f"temperature: expected 0 or more, got {self.temperature!r}")
+        if self.question is not None and self.prompt_index is not None:
+            raise RequestError("prompt_index: only without a question; with one, regions are named in their order")
+        self._check_focus(count)
+        self._check_names()
+
+    def listed(self) -> list[int]:
+        """Return the numbers K of the `<PromptK>` that the prompt lists, each with its region's position in `regions`."""
+        return list(self.focus) if self.focus is not None else list(range(len(self.regions)))
+
+    def _check_single(self, count: int, prompt_count: int) -> None:
+        if count != 1:
+            raise RequestError(f"question: {count} regions need one (such as 'How does <Prompt0> relate to <Prompt1>?')")
+        if self.focus is not None:
+            raise RequestError("focus: only with a question; without one there is a single region")
+        if self.prompt_index is not None and not 0 <= self.prompt_index < prompt_count:
+            raise RequestError(f"prompt_index: expected 0 to {prompt_count - 1}, got {self.prompt_index}")
+
+    def _check_focus(self, count: int) -> None:
+        if self.focus is None:
+            return
+        if not self.focus or any(not isinstance(k, int) or not 0 <= k < count for k in self.focus):
+            raise RequestError(f"focus: expected positions 0 to {count - 1} in regions, got {list(self.focus)!r:.80}")
+        if len(set(self.focus)) != len(self.focus):
+            raise RequestError(f"focus: names a region twice: {list(self.focus)}")
+
+    def _check_names(self) -> None:
+        single = self.question is None
+        names = {self.prompt_index if self.prompt_index is not None else 1} if single else set(self.listed())
+        texts = [("question", self.question or "")]
+        texts += [(f"turns[{i}]", turn.text) for i, turn in enumerate(self.turns) if turn.role == "user"]
+        for where, text in texts:
+            unknown = sorted({int(k) for k in PROMPT_NAME.findall(text)} - names)
+            if unknown:
+                given = ", ".join(f"<Prompt{k}>" for k in sorted(names))
+                raise RequestError(f"{where}: names <Prompt{unknown[0]}>, but the regions given are {given}")
+        for position, turn in enumerate(self.turns):
+            expected = "assistant" if position % 2 == 0 else "user"
+            if turn.role != expected:
+                raise RequestError(f"turns[{position}]: expected the {expected}'s turn, got the {turn.role}'s")
+            if not turn.text.strip() and turn.role == "user":
+                raise RequestError(f"turns[{position}]: expected a text, got none")
+        if self.turns and self.turns[-1].role != "user":
+            raise RequestError("turns: the last one must be the user's")

@@ -1,0 +1,176 @@
+"""The forms in which regions come, each drawn to a boolean mask [H, W]."""
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pycocotools import mask as coco
+
+from garserve.errors import RegionError
+from garserve.inputs.rle import decode_rle
+
+Box = tuple[float, float, float, float]
+Mask = NDArray[np.bool_]
+
+# Coordinates may pass the image's edge by this much before it counts as a mistake: data sets round their boxes.
+_EDGE_TOLERANCE = 1.0
+
+
+class Shape(Protocol):
+    """A region's outline in pixels."""
+
+    @property
+    def kind(self) -> str:
+        """What a user calls it."""
+
+    def draw(self, height: int, width: int) -> Mask:
+        """Draw on an image of this size; RegionError where it does not fit."""
+
+
+@dataclass(frozen=True)
+class MaskShape:
+    """A mask of the image's size."""
+
+    source: Any
+    kind: ClassVar[str] = "mask"
+
+    def draw(self, height: int, width: int) -> Mask:
+        """Draw on an image of this size; RegionError where it does not fit."""
+        mask = self._array()
+        if mask.shape != (height, width):
+            raise RegionError(
+                f"{self.kind}: expected the image's size {width}x{height} (width x height), "
+                f"got {mask.shape[1]}x{mask.shape[0]}"
+            )
+        return mask
+
+    def _array(self) -> Mask:
+        source = self.source
+        if isinstance(source, str | os.PathLike):
+            try:
+                with Image.open(source) as image:
+                    return _mask_of_image(image)
+            except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+                reason = getattr(error, "strerror", None) or "not an image" if isinstance(error, OSError) else error
+                raise RegionError(f"{self.kind} {os.fspath(source)}: {reason}; expected an image file") from None
+        if isinstance(source, Image.Image):
+            return _mask_of_image(source)
+        array = np.asarray(source)
+        if array.ndim == 3 and 1 in (array.shape[0], array.shape[2]):
+            array = array.squeeze(0 if array.shape[0] == 1 else 2)
+        if array.ndim != 2 or array.dtype.kind not in "biuf":
+            raise RegionError(f"{self.kind}: expected numbers or booleans of shape [H, W], got {array.dtype} {list(array.shape)}")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise RegionError(f"{self.kind}: holds NaN or infinite values")
+        return array != 0
+
+
+def _mask_of_image(image: Image.Image) -> Mask:
+    if image.mode in ("RGBA", "LA"):
+        alpha = np.asarray(image.getchannel("A"))
+        if not (alpha == 255).all():
+            return alpha != 0
+        image = image.convert("RGB")
+    array = np.asarray(image)
+    return array.any(axis=2) if array.ndim == 3 else array != 0
+
+
+@dataclass(frozen=True)
+class BoxShape:
+    """A box in pixels, x2 and y2 exclusive edges."""
+
+    box: Box
+    clip: bool
+    kind: ClassVar[str] = "box"
+
+    def draw(self, height: int, width: int) -> Mask:
+        """Draw on an image of this size; RegionError where it does not fit."""
+        x1, y1, x2, y2 = self.box
+        if x2 <= x1 or y2 <= y1:
+            raise RegionError(f"{self.kind}: expected x1 < x2 and y1 < y2, got {list(self.box)}")
+        outside = x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0
+        slack = 0 if outside else _EDGE_TOLERANCE
+        beyond = x1 < -slack or y1 < -slack or x2 > width + slack or y2 > height + slack
+        if outside or (beyond and not self.clip):
+            hint = "" if outside else "; clip=True cuts it at the edge"
+            raise RegionError(f"{self.kind}: {list(self.box)} lies outside the {width}x{height} image{hint}")
+        mask = np.zeros((height, width), dtype=np.bool_)
+        mask[max(math.floor(y1), 0) : math.ceil(y2), max(math.floor(x1), 0) : math.ceil(x2)] = True
+        return mask
+
+
+@dataclass(frozen=True)
+class PolygonShape:
+    """Polygons as flat lists of coordinates; drawn by COCO's rule."""
+
+    polygons: tuple[tuple[float, ...], ...]
+    kind: ClassVar[str] = "polygon"
+
+    def draw(self, height: int, width: int) -> Mask:
+        """Draw on an image of this size; RegionError where it does not fit."""
+        for polygon in self.polygons:
+            xs, ys = polygon[::2], polygon[1::2]
+            slack = _EDGE_TOLERANCE
+            if min(xs) < -slack or min(ys) < -slack or max(xs) > width + slack or max(ys) > height + slack:
+                raise RegionError(
+                    f"{self.kind}: spans x {min(xs):g}..{max(xs):g}, y {min(ys):g}..{max(ys):g}, "
+                    f"outside the {width}x{height} image"
+                )
+        encoded = coco.frPyObjects([list(polygon) for polygon in self.polygons], height, width)
+        return coco.decode(coco.merge(encoded)).astype(np.bool_)
+
+
+@dataclass(frozen=True)
+class RLEShape:
+    """COCO run-length encoding."""
+
+    rle: Any
+    kind: ClassVar[str] = "rle"
+
+    def draw(self, height: int, width: int) -> Mask:
+        """Draw on an image of this size; RegionError where it does not fit."""
+        return decode_rle(self.rle, height, width)
+
+
+@dataclass(frozen=True)
+class StrokeShape:
+    """All pixels whose centre lies within `radius` of a point (or of the line through the points)."""
+
+    points: tuple[tuple[float, float], ...]
+    radius: float
+    joined: bool
+
+    @property
+    def kind(self) -> str:
+        """What a user calls it."""
+        return "scribble" if self.joined else "points"
+
+    def draw(self, height: int, width: int) -> Mask:
+        """Draw on an image of this size; RegionError where it does not fit."""
+        if not (math.isfinite(self.radius) and 0 < self.radius <= 10_000):
+            raise RegionError(f"{self.kind}: expected a radius of more than 0 pixels, got {self.radius:g}")
+        mask = np.zeros((height, width), dtype=np.bool_)
+        for x, y in self.points:
+            if not (0 <= x <= width and 0 <= y <= height):
+                raise RegionError(f"{self.kind}: [{x:g}, {y:g}] lies outside the {width}x{height} image")
+            mask[min(int(y), height - 1), min(int(x), width - 1)] = True
+        ends = self.points[1:] if self.joined else self.points
+        for start, end in zip(self.points, ends, strict=False):
+            self._stroke(mask, start, end)
+        return mask
+
+    def _stroke(self, mask: Mask, start: tuple[float, float], end: tuple[float, float]) -> None:
+        reach, (height, width) = self.radius, mask.shape
+        left, right = sorted((start[0], end[0]))
+        top, bottom = sorted((start[1], end[1]))
+        x0, x1 = max(math.floor(left - reach), 0), min(math.ceil(right + reach) + 1, width)
+        y0, y1 = max(math.floor(top - reach), 0), min(math.ceil(bottom + reach) + 1, height)
+        x = np.arange(x0, x1)[None, :] + 0.5 - start[0]
+        y = np.arange(y0, y1)[:, None] + 0.5 - start[1]
+        dx, dy = end[0] - start[0], end[1] - start[1]
+        along = np.clip((x * dx + y * dy) / max(dx * dx + dy * dy, 1e-12), 0.0, 1.0)
+        mask[y0:y1, x0:x1] |= (x - along * dx) ** 2 + (y - along * dy) ** 2 <= reach * reach

@@ -1,0 +1,90 @@
+"""GAR as a vLLM model: our encoder in front of vLLM's own Llama."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.models.interfaces import SupportsMultiModal, SupportsPP
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, init_vllm_registered_model, maybe_prefix
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.sequence import IntermediateTensors
+
+from garserve.checkpoint import MODULE_PREFIXES, resolve
+from garserve.config import read_config
+from garserve.model.encoder import RegionEncoder
+from garserve.vllm_plugin.multimodal import (
+    IMAGE_TOKEN,
+    GARDummyInputs,
+    GARMultiModalProcessor,
+    GARProcessingInfo,
+    items_from_kwargs,
+)
+
+
+@MULTIMODAL_REGISTRY.register_processor(GARMultiModalProcessor, info=GARProcessingInfo, dummy_inputs=GARDummyInputs)
+class GARForRegions(nn.Module, SupportsMultiModal, SupportsPP):
+    """Vision tower, projector and replay (replicated on every rank), and the decoder on paged attention."""
+
+    hf_to_vllm_mapper = WeightsMapper(orig_to_new_prefix=dict(MODULE_PREFIXES))
+
+    @classmethod
+    def get_placeholder_str(cls, modality: str, i: int) -> str | None:
+        """Return the text that stands for an image in a chat prompt."""
+        return IMAGE_TOKEN
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        hf_config = vllm_config.model_config.hf_config
+        self.gar_config = read_config(resolve(vllm_config.model_config.model))
+        self.configure_mm_token_handling(
+            vocab_size=self.gar_config.vocab_size,
+            mm_token_ids=[self.gar_config.image_token_id, *self.gar_config.crop_token_ids],
+        )
+        with self._mark_tower_model(vllm_config, "image"):
+            self.encoder = RegionEncoder(self.gar_config)
+        with self._mark_language_model(vllm_config):
+            self.language_model = init_vllm_registered_model(
+                vllm_config=vllm_config,
+                hf_config=hf_config.text_config,
+                prefix=maybe_prefix(prefix, "language_model"),
+                architectures=["LlamaForCausalLM"],
+            )
+        self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
+
+    def embed_multimodal(
+        self,
+        *,
+        tiles: torch.Tensor | None = None,
+        masks: torch.Tensor | None = None,
+        keys: torch.Tensor | None = None,
+        plan: torch.Tensor | None = None,
+        box: torch.Tensor | None = None,
+        **_: object,
+    ) -> list[torch.Tensor]:
+        """Embed all image and region items of a step: one tensor [tokens, C] each, in their order."""
+        if tiles is None or masks is None or keys is None or plan is None or box is None:
+            return []
+        return self.encoder.encode(items_from_kwargs(tiles, masks, keys, plan, box))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **_: object,
+    ) -> torch.Tensor | IntermediateTensors:
+        """Run the decoder on one step's tokens or embeddings."""
+        if intermediate_tensors is not None:
+            inputs_embeds = None
+        return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Return the logits of hidden states [N, C]."""
+        return self.language_model.compute_logits(hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load a checkpoint's tensors by name; vLLM refuses unknown ones and missing ones."""
+        tied = ["language_model.lm_head."] if self.gar_config.tied_head else None
+        return AutoWeightsLoader(self, skip_prefixes=tied).load_weights(weights, mapper=self.hf_to_vllm_mapper)

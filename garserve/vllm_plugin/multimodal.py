@@ -1,0 +1,245 @@
+"""GAR's multimodal inputs for vLLM: PreparedRequests as engine inputs, and the processor of plain vLLM requests.
+
+An image and a region are two kinds of item of vLLM's one modality "image": each is a contiguous run of placeholders,
+and all items of a step reach the model in one call, so that tiles that they share are computed once.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, ValidationError
+from transformers import BatchFeature
+from vllm.inputs import MultiModalDataDict
+from vllm.inputs.engine import MultiModalInput, mm_input
+from vllm.multimodal.inputs import (
+    MultiModalBatchedField,
+    MultiModalFieldConfig,
+    MultiModalFieldElem,
+    MultiModalFlatField,
+    MultiModalKwargsItem,
+    MultiModalKwargsItems,
+    PlaceholderRange,
+)
+from vllm.multimodal.processing import (
+    BaseDummyInputsBuilder,
+    BaseMultiModalProcessor,
+    BaseProcessingInfo,
+    ProcessorInputs,
+    PromptUpdate,
+    TimingContext,
+)
+
+from garserve.checkpoint import resolve
+from garserve.config import read_config
+from garserve.errors import RequestError
+from garserve.inputs.images import load_image
+from garserve.inputs.processor import KEY_BYTES, Item, PreparedRequest, Processor, draw_masks
+from garserve.inputs.prompts import expand, region_preamble
+from garserve.inputs.regions import Region, normalised_box
+from garserve.inputs.roi import RoI, Window
+
+MODALITY = "image"
+IMAGE_TOKEN = "<|image|>"
+
+
+def engine_input(prepared: PreparedRequest) -> MultiModalInput:
+    """Return a PreparedRequest as the input that `LLMEngine.add_request` and `AsyncLLM.generate` take."""
+    return mm_input(
+        prompt_token_ids=prepared.token_ids,
+        mm_kwargs=MultiModalKwargsItems({MODALITY: [_to_kwargs(item) for item in prepared.items]}),
+        mm_hashes={MODALITY: [item.hash for item in prepared.items]},
+        mm_placeholders={MODALITY: [PlaceholderRange(start, end - start) for start, end in prepared.spans]},
+    )
+
+
+def _to_kwargs(item: Item) -> MultiModalKwargsItem:
+    """Field names are the arguments of GARForRegions.embed_multimodal."""
+    count, roi = len(item.tiles), item.roi
+    window = roi.window if roi else Window(0, 0, 0, 0)
+    grid = roi.grid if roi else (0, 0)
+    plan = torch.tensor([count, *grid, window.top, window.bottom, window.left, window.right])
+    box = torch.tensor(roi.box if roi else (0.0, 0.0, 0.0, 0.0), dtype=torch.float32)
+    keys = torch.frombuffer(bytearray(b"".join(item.keys)), dtype=torch.uint8).reshape(count, KEY_BYTES)
+    whole = [slice(0, count)]
+    return MultiModalKwargsItem(
+        {
+            "tiles": MultiModalFieldElem(item.tiles, MultiModalFlatField(slices=whole)),
+            "masks": MultiModalFieldElem(item.masks, MultiModalFlatField(slices=whole)),
+            "keys": MultiModalFieldElem(keys, MultiModalFlatField(slices=whole, keep_on_cpu=True)),
+            "plan": MultiModalFieldElem(plan, MultiModalBatchedField(keep_on_cpu=True)),
+            "box": MultiModalFieldElem(box, MultiModalBatchedField(keep_on_cpu=True)),
+        }
+    )
+
+
+def items_from_kwargs(
+    tiles: torch.Tensor, masks: torch.Tensor, keys: torch.Tensor, plan: torch.Tensor, box: torch.Tensor
+) -> list[Item]:
+    """Take batched kwargs apart again: the inverse of `engine_input` for all items of a step.
+
+    `tiles` [sum T, 3, S, S] and `masks` [sum T, S, B] uint8, `keys` [sum T, 16] uint8, `plan` [N, 7], `box` [N, 4].
+    """
+    items, start = [], 0
+    key_bytes = keys.numpy().tobytes()
+    for row, corners in zip(plan.tolist(), box.tolist(), strict=True):
+        count, across, down, top, bottom, left, right = row
+        stop = start + count
+        own = tuple(key_bytes[i * KEY_BYTES : (i + 1) * KEY_BYTES] for i in range(start, stop))
+        roi = None
+        if across:
+            x1, y1, x2, y2 = corners
+            roi = RoI((x1, y1, x2, y2), (across, down), Window(top, bottom, left, right))
+        items.append(Item(tiles[start:stop], masks[start:stop], own, roi, hash=""))
+        start = stop
+    return items
+
+
+class PlainOptions(BaseModel):
+    """`mm_processor_kwargs` of a request to plain vLLM: the regions of its one image.
+
+    `form` "multi" names them `<Prompt0>`, `<Prompt1>`, …; "single" is the authors' form for one region (`<Prompt1>`).
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    regions: list[Any]
+    form: Literal["multi", "single"] = "multi"
+    max_num_tiles: int | None = None
+
+
+class GARProcessingInfo(BaseProcessingInfo):
+    """What vLLM has to know before any request comes."""
+
+    @cached_property
+    def processor(self) -> Processor:
+        """The checkpoint's processor, with the engine's own `max_num_tiles` where one is given."""
+        folder = resolve(self.ctx.model_config.model)
+        config = read_config(folder).with_box_scale(self.ctx.get_hf_config().replay_box_scale)
+        given = (self.ctx.get_mm_config().mm_processor_kwargs or {}).get("max_num_tiles")
+        return Processor(folder, config, max_num_tiles=given)
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        """One image and its regions, all items of one modality."""
+        return {MODALITY: 1 + self.processor.config.prompt_count}
+
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
+        """The largest item is an image with all its tiles and the thumbnail."""
+        return {MODALITY: (1 + self.processor.max_num_tiles) * self.processor.config.tokens_per_tile}
+
+
+class GARDummyInputs(BaseDummyInputsBuilder[GARProcessingInfo]):
+    """The request with the most placeholders, for vLLM's memory profile."""
+
+    def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
+        """Return a prompt with the image token."""
+        return IMAGE_TOKEN
+
+    def get_dummy_mm_data(
+        self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Mapping[str, Any]
+    ) -> MultiModalDataDict:
+        """Return an image so wide that it gets every tile."""
+        size, tiles = self.info.processor.config.tile_size, self.info.processor.max_num_tiles
+        return {MODALITY: [Image.new("RGB", (size * tiles, size))]}
+
+
+class GARMultiModalProcessor(BaseMultiModalProcessor[GARProcessingInfo]):
+    """Processes requests that reach vLLM as a prompt, a picture and `mm_processor_kwargs={"regions": [...]}`.
+
+    Both kinds of item and their hashes come from garserve's own processor, as in `garserve.load`; a client's item
+    uuid is ignored, because the same picture with other regions is another item.
+    """
+
+    def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
+        """Insert the regions' part of the prompt, expand the placeholders and build the items."""
+        options = self._options(inputs)
+        processor = self.info.processor
+        if options.max_num_tiles and options.max_num_tiles != processor.max_num_tiles:
+            processor = processor.variant(max_num_tiles=options.max_num_tiles)
+        with timing_ctx.record("prepare_regions"):
+            prepared = self._prepare(processor, inputs, options)
+            result = engine_input(prepared)
+        cache = inputs.cache
+        if cache is not None:
+            # The front process keeps what the engine already has, and sends it once.
+            items = cast(list[Any], result["mm_kwargs"][MODALITY])
+            for index, item in enumerate(prepared.items):
+                known = cache.is_cached([item.hash])[0]
+                items[index], _ = cache.get_and_update_item(None if known else (items[index], []), item.hash)
+        return result
+
+    def get_dummy_inputs(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> ProcessorInputs:
+        """Add a region to the dummy request; there is no GAR prompt without one."""
+        inputs = super().get_dummy_inputs(seq_len, mm_counts, mm_options)
+        inputs.hf_processor_mm_kwargs = {"regions": [{"box": [0, 0, 1, 1]}]}
+        return inputs
+
+    def _options(self, inputs: ProcessorInputs) -> PlainOptions:
+        given = dict(self.info.ctx.get_mm_config().merge_mm_processor_kwargs(inputs.hf_processor_mm_kwargs))
+        if "regions" not in given:
+            raise RequestError("mm_processor_kwargs: regions: missing; a GAR request names the regions of its image")
+        try:
+            return PlainOptions.model_validate(given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise RequestError(f"mm_processor_kwargs: {where}: {first['msg']}, got {first['input']!r:.80}") from None
+
+    def _prepare(self, processor: Processor, inputs: ProcessorInputs, options: PlainOptions) -> PreparedRequest:
+        data = inputs.mm_data_items.get(MODALITY)
+        count = len(data) if data is not None else 0
+        if data is None or count != 1:
+            raise RequestError(f"image: a GAR request has one image, got {count}")
+        picture = data[0]
+        if picture is None:
+            raise RequestError("image: given by uuid only; garserve needs the picture, the same one may have other regions")
+        image = load_image(picture if isinstance(picture, Image.Image) else np.asarray(picture))
+        regions = [Region.parse(region) for region in options.regions]
+        token_ids, listed = self._prompt(processor, list(inputs.prompt), len(regions), options.form)
+        masks = draw_masks(regions, image.shape[0], image.shape[1])
+        boxes = [normalised_box(mask) for mask in masks]
+        items = processor.items(image, masks, [boxes[position] for position in listed])
+        prompt = expand(token_ids, len(items[0].tiles), processor.config)
+        return PreparedRequest(prompt.token_ids, items, [prompt.image_span, *prompt.region_spans], boxes)
+
+    def _prompt(
+        self, processor: Processor, token_ids: list[int], count: int, form: Literal["multi", "single"]
+    ) -> tuple[list[int], list[int]]:
+        """Return the prompt with the regions' part in it, and the positions of the regions that it lists.
+
+        A prompt that holds crop tokens already is left as its author wrote it.
+        """
+        config, tokenizer = processor.config, processor.tokenizer
+        single = form == "single"
+        if not 1 <= count <= config.prompt_count or (single and count != 1):
+            raise RequestError(f"regions: expected 1{'' if single else f' to {config.prompt_count}'}, got {count}")
+        if token_ids.count(config.image_token_id) != 1:
+            raise RequestError(f"prompt: expected {IMAGE_TOKEN} once, got {token_ids.count(config.image_token_id)}")
+        crops = [token for token in token_ids if token in config.crop_token_ids]
+        if len(set(crops)) != len(crops):
+            raise RequestError("prompt: expected each crop token at most once")
+        place = token_ids.index(config.image_token_id) + 1
+        if not crops:
+            names = [min(1, config.prompt_count - 1)] if single else list(range(count))
+            added = tokenizer.encode_parts(region_preamble(names, single, tokenizer, config))
+            token_ids[place:place] = added
+            crops = [config.crop_token_ids[name] for name in names]
+        begin = tokenizer.special("<|begin_of_text|>")
+        leading = next((i for i, token in enumerate(token_ids) if token != begin), len(token_ids))
+        token_ids[:leading] = [begin, begin] if leading else []
+        listed = [0] if count == 1 and len(crops) == 1 else [config.crop_token_ids.index(token) for token in crops]
+        if max(listed) >= count:
+            raise RequestError(f"prompt: names region {max(listed)}, but {count} regions are given")
+        return token_ids, listed
+
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        return {}  # the items are built whole in `apply`
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
+    ) -> Sequence[PromptUpdate]:
+        return []  # the prompt is expanded in `apply`

@@ -1,0 +1,1 @@
+"""RoI-aligned feature replay on plain tensors: knows nothing of GAR, imports nothing of garserve (floor 1)."""
