@@ -1,1 +1,43 @@
-"""garserve: the deployment runtime for Grasp Any Region models."""
+"""garserve: the deployment runtime for Grasp Any Region models.
+
+>>> engine = garserve.load("path/or/repo-id")
+>>> engine.describe("photo.jpg", [garserve.Region.from_box([10, 20, 200, 300])])
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from garserve.engine import Answer as Answer
+    from garserve.engine import Chat as Chat
+    from garserve.engine import Chunk as Chunk
+    from garserve.engine import Engine as Engine
+    from garserve.engine import load as load
+    from garserve.errors import CheckpointError as CheckpointError
+    from garserve.errors import GarserveError as GarserveError
+    from garserve.errors import InputError as InputError
+    from garserve.inputs.regions import Region as Region
+    from garserve.inputs.request import RegionRequest as RegionRequest
+
+_HOMES = {
+    "Answer": "engine",
+    "Chat": "engine",
+    "Chunk": "engine",
+    "Engine": "engine",
+    "load": "engine",
+    "CheckpointError": "errors",
+    "GarserveError": "errors",
+    "InputError": "errors",
+    "Region": "inputs.regions",
+    "RegionRequest": "inputs.request",
+}
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    # Names are fetched when they are used: torch and vllm take seconds to import, `import garserve` does not.
+    if name in _HOMES:
+        return getattr(import_module(f"garserve.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'garserve' has no attribute {name!r}")

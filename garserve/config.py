@@ -67,6 +67,7 @@ class GARConfig:
     max_num_tiles: int
     pixel_mean: tuple[float, float, float]  # of values in 0..1
     pixel_std: tuple[float, float, float]
+    dtype: str  # in which the weights were saved: "float32", "bfloat16" or "float16"
 
     @property
     def prompt_count(self) -> int:
@@ -148,6 +149,8 @@ class _File(_Strict):
     patch_size_w: int = Field(gt=0)
     mask_path_embedding_out_channels: int  # the authors' spelling
     replay_box_scale: BoxScale = "released"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    torch_dtype: Literal["float32", "bfloat16", "float16"] | None = None  # transformers before 4.56
 
 
 class _Preprocessor(_Strict):
@@ -234,6 +237,7 @@ def parse_config(config: Any, preprocessor: Any, source: str = "config.json") ->
         max_num_tiles=pre.max_num_tiles,
         pixel_mean=pre.image_mean,
         pixel_std=pre.image_std,
+        dtype=file.dtype or file.torch_dtype or "bfloat16",
     )
 
 

@@ -86,5 +86,4 @@ class GARForRegions(nn.Module, SupportsMultiModal, SupportsPP):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint's tensors by name; vLLM refuses unknown ones and missing ones."""
-        tied = ["language_model.lm_head."] if self.gar_config.tied_head else None
-        return AutoWeightsLoader(self, skip_prefixes=tied).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers import BatchFeature
 from vllm.inputs import MultiModalDataDict
 from vllm.inputs.engine import MultiModalInput, mm_input
+from vllm.multimodal.cache import BaseMultiModalProcessorCache
 from vllm.multimodal.inputs import (
     MultiModalBatchedField,
     MultiModalFieldConfig,
@@ -54,6 +55,21 @@ def engine_input(prepared: PreparedRequest) -> MultiModalInput:
         mm_hashes={MODALITY: [item.hash for item in prepared.items]},
         mm_placeholders={MODALITY: [PlaceholderRange(start, end - start) for start, end in prepared.spans]},
     )
+
+
+def _share_with_engine(cache: BaseMultiModalProcessorCache, result: MultiModalInput) -> None:
+    """Replace items that the engine's process holds already, so that each is sent to it once."""
+    hashes = result["mm_hashes"][MODALITY]
+    items = cast(list[Any], result["mm_kwargs"][MODALITY])
+    known = cache.is_cached(hashes)
+    for item_hash in hashes:
+        cache.touch_sender_cache_item(item_hash)
+    try:
+        for index, item_hash in enumerate(hashes):
+            new = None if known[index] else (items[index], [])
+            items[index], _ = cache.get_and_update_item(new, item_hash)
+    finally:
+        cache.release_sender_touches()
 
 
 def _to_kwargs(item: Item) -> MultiModalKwargsItem:
@@ -161,13 +177,8 @@ class GARMultiModalProcessor(BaseMultiModalProcessor[GARProcessingInfo]):
         with timing_ctx.record("prepare_regions"):
             prepared = self._prepare(processor, inputs, options)
             result = engine_input(prepared)
-        cache = inputs.cache
-        if cache is not None:
-            # The front process keeps what the engine already has, and sends it once.
-            items = cast(list[Any], result["mm_kwargs"][MODALITY])
-            for index, item in enumerate(prepared.items):
-                known = cache.is_cached([item.hash])[0]
-                items[index], _ = cache.get_and_update_item(None if known else (items[index], []), item.hash)
+        if inputs.cache is not None:
+            _share_with_engine(inputs.cache, result)
         return result
 
     def get_dummy_inputs(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> ProcessorInputs:
@@ -216,7 +227,10 @@ class GARMultiModalProcessor(BaseMultiModalProcessor[GARProcessingInfo]):
         if not 1 <= count <= config.prompt_count or (single and count != 1):
             raise RequestError(f"regions: expected 1{'' if single else f' to {config.prompt_count}'}, got {count}")
         if token_ids.count(config.image_token_id) != 1:
-            raise RequestError(f"prompt: expected {IMAGE_TOKEN} once, got {token_ids.count(config.image_token_id)}")
+            raise RequestError(
+                f"prompt: expected {IMAGE_TOKEN} once, got {token_ids.count(config.image_token_id)} "
+                "(chat requests need --chat-template-content-format openai)"
+            )
         crops = [token for token in token_ids if token in config.crop_token_ids]
         if len(set(crops)) != len(crops):
             raise RequestError("prompt: expected each crop token at most once")

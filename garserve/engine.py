@@ -1,0 +1,244 @@
+"""garserve's one face: load a checkpoint, describe regions, ask about them, one at a time or by the million (floor 5)."""
+
+import asyncio
+import queue
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from garserve.checkpoint import Checkpoint
+from garserve.config import BoxScale
+from garserve.errors import GarserveError, InputError, RequestError
+from garserve.generation import OnReport, Progress, Report, Sampling
+from garserve.inputs.images import ImageSource, load_image
+from garserve.inputs.processor import PreparedRequest, Processor
+from garserve.inputs.prompts import stop_token_id
+from garserve.inputs.request import RegionRequest, Turn
+
+BackendName = Literal["vllm", "reference"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished answer. `finish_reason` is "stop" where the model ended it, "length" at `max_tokens`."""
+
+    text: str
+    token_ids: list[int]  # without the stop token
+    finish_reason: str
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt, found in the prefix cache
+    id: str | None = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of an answer as it comes; the last one carries the whole."""
+
+    text: str
+    answer: Answer | None = None
+
+
+class Backend(Protocol):
+    """What decodes prepared requests. Reports may come from another thread."""
+
+    name: str
+
+    def submit(self, prepared: PreparedRequest, sampling: Sampling, on_report: OnReport) -> Callable[[], None]:
+        """Queue a request and return a function that cancels it."""
+
+    def close(self) -> None:
+        """Give everything back."""
+
+
+def load(
+    checkpoint: str | Path,
+    backend: BackendName = "vllm",
+    *,
+    max_num_tiles: int | None = None,
+    box_scale: BoxScale | None = None,
+    **engine_options: Any,
+) -> "Engine":
+    """Load a GAR checkpoint (a folder, or a Hugging Face repo id) and return an engine for it.
+
+    `max_num_tiles` (1 to 36) and `box_scale` override the checkpoint's own. `engine_options` go to the backend: for
+    "vllm" its EngineArgs, `separate_process` and `verbose`; for "reference" `dtype` and `batch_size`.
+    Raises CheckpointError where the checkpoint is not a whole GAR model.
+    """
+    opened = Checkpoint.open(checkpoint)
+    if box_scale is not None:
+        opened = replace(opened, config=opened.config.with_box_scale(box_scale))
+    processor = Processor(opened.folder, opened.config, max_num_tiles=max_num_tiles)
+    if backend == "vllm":
+        from garserve.vllm_plugin.backend import VLLMBackend
+
+        return Engine(VLLMBackend(opened, max_num_tiles=max_num_tiles, **engine_options), processor)
+    if backend == "reference":
+        from garserve.model.reference_backend import ReferenceBackend
+
+        return Engine(ReferenceBackend(opened, **engine_options), processor)
+    raise RequestError(f"backend: expected 'vllm' or 'reference', got {backend!r}")
+
+
+class Engine:
+    """Answers requests about regions of images. Safe to use from several threads; close it, or use `with`."""
+
+    def __init__(self, backend: Backend, processor: Processor) -> None:
+        self.backend = backend
+        self.processor = processor
+        self._stop_id = stop_token_id(processor.tokenizer)
+
+    def describe(self, image: ImageSource, regions: Sequence[Any], **options: Any) -> list[Answer]:
+        """Describe each region by itself, in the authors' single-region form; the image is read and tiled once.
+
+        `regions` are Region objects or what Region.parse takes; `options` are fields of RegionRequest.
+        """
+        pixels = load_image(image)
+        return list(self.describe_many([RegionRequest(pixels, [region], **options) for region in regions]))
+
+    def ask(self, image: ImageSource, regions: Sequence[Any], question: str, **options: Any) -> Answer:
+        """Answer a question in which `<Prompt0>`, `<Prompt1>`, … name the regions in their order."""
+        return next(self.describe_many([RegionRequest(image, regions, question, **options)]))
+
+    def chat(self, image: ImageSource, regions: Sequence[Any], **options: Any) -> "Chat":
+        """Start a conversation about the regions of one image."""
+        return Chat(self, RegionRequest(load_image(image), regions, **options))
+
+    def describe_many(self, requests: Iterable[RegionRequest], *, in_flight: int = 32) -> Iterator[Answer]:
+        """Answer requests in their order, at most `in_flight` at a time; an unusable request raises its error."""
+        for outcome in self.outcomes(requests, in_flight=in_flight):
+            if isinstance(outcome, Exception):
+                raise outcome
+            yield outcome
+
+    def outcomes(
+        self, requests: Iterable[RegionRequest | InputError], *, in_flight: int = 32
+    ) -> Iterator[Answer | GarserveError]:
+        """Like `describe_many`, but an unusable request gives its error in its place, and the others go on.
+
+        An error among the requests is passed through, so that the outcomes stay in step with their sources.
+        """
+        waiting: deque[_Pending | GarserveError] = deque()
+        try:
+            for request in requests:
+                waiting.append(request if isinstance(request, InputError) else self._start(request))
+                if len(waiting) >= in_flight:
+                    yield self._finish(waiting.popleft())
+            while waiting:
+                yield self._finish(waiting.popleft())
+        finally:
+            for pending in waiting:
+                if isinstance(pending, _Pending):
+                    pending.cancel()
+
+    async def generate(self, request: RegionRequest) -> AsyncIterator[Chunk]:
+        """Answer one request piece by piece; leaving the iteration early cancels the work."""
+        prepared = await asyncio.to_thread(self.processor, request)
+        loop = asyncio.get_running_loop()
+        reports: asyncio.Queue[Report] = asyncio.Queue()
+        cancel = self.backend.submit(
+            prepared, self._sampling(request, stream=True), lambda report: loop.call_soon_threadsafe(reports.put_nowait, report)
+        )
+        ids: list[int] = []
+        sent = ""
+        try:
+            while True:
+                report = await reports.get()
+                if isinstance(report, Exception):
+                    raise report
+                ids += report.new_token_ids
+                finished = self._answer(request, prepared, ids, report) if report.finish_reason else None
+                text = finished.text if finished else _whole_characters(self.processor.tokenizer.decode(ids))
+                yield Chunk(text[len(sent) :], finished)
+                sent = text
+                if finished:
+                    return
+        finally:
+            cancel()
+
+    def close(self) -> None:
+        """Stop the backend; requests that still run end with an error."""
+        self.backend.close()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self, request: RegionRequest) -> "_Pending | GarserveError":
+        try:
+            return _Pending(self, request, self.processor(request))
+        except InputError as error:
+            return error
+
+    def _finish(self, pending: "_Pending | GarserveError") -> Answer | GarserveError:
+        if isinstance(pending, GarserveError):
+            return pending
+        try:
+            return pending.answer()
+        except InputError as error:
+            return error
+
+    def _sampling(self, request: RegionRequest, *, stream: bool = False) -> Sampling:
+        return Sampling(self._stop_id, request.max_tokens, request.temperature, request.seed, stream)
+
+    def _answer(self, request: RegionRequest, prepared: PreparedRequest, ids: list[int], last: Progress) -> Answer:
+        token_ids = ids[:-1] if ids and ids[-1] == self._stop_id else list(ids)
+        return Answer(
+            text=self.processor.tokenizer.decode(token_ids),
+            token_ids=token_ids,
+            finish_reason=last.finish_reason or "stop",
+            prompt_tokens=len(prepared.token_ids),
+            cached_tokens=last.cached_tokens,
+            id=request.id,
+        )
+
+
+class _Pending:
+    """A submitted request that somebody will wait for."""
+
+    def __init__(self, engine: Engine, request: RegionRequest, prepared: PreparedRequest) -> None:
+        self._engine, self._request, self._prepared = engine, request, prepared
+        self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
+        self.cancel = engine.backend.submit(prepared, engine._sampling(request), self._reports.put)
+
+    def answer(self) -> Answer:
+        """Wait for the end and return the answer; the backend's error is raised."""
+        ids: list[int] = []
+        while True:
+            report = self._reports.get()
+            if isinstance(report, Exception):
+                raise report
+            ids += report.new_token_ids
+            if report.finish_reason:
+                return self._engine._answer(self._request, self._prepared, ids, report)
+
+
+class Chat:
+    """A conversation about the same regions: each answer becomes part of the next question's prompt."""
+
+    def __init__(self, engine: Engine, opening: RegionRequest) -> None:
+        self._engine = engine
+        self._request = opening
+        self._begun = opening.question is not None
+
+    def say(self, text: str | None = None) -> Answer:
+        """Say something and return the answer. Saying nothing first asks for the description of the one region."""
+        request = self._request
+        if not self._begun:
+            request = replace(request, question=text)
+        elif text is not None:
+            request = replace(request, turns=(*request.turns, Turn("user", text)))
+        elif request.turns:
+            raise RequestError("say: expected a text; only the first turn of a chat can do without")
+        answer = next(self._engine.describe_many([request]))
+        self._begun = True
+        self._request = replace(request, turns=(*request.turns, Turn("assistant", answer.text)))
+        return answer
+
+
+def _whole_characters(text: str) -> str:
+    """Leave out the end of a text whose last character has not come whole yet."""
+    return text.rstrip("\ufffd")

@@ -1,0 +1,76 @@
+"""The reference as a backend: requests that wait are decoded together, in a thread of its own."""
+
+import queue
+import threading
+from collections.abc import Callable
+
+import torch
+
+from garserve.checkpoint import Checkpoint
+from garserve.errors import GarserveError, RequestError
+from garserve.generation import OnReport, Progress, Sampling
+from garserve.inputs.processor import PreparedRequest
+from garserve.model.reference import ReferenceGAR
+
+_Job = tuple[PreparedRequest, Sampling, OnReport, threading.Event]
+
+
+class ReferenceBackend:
+    """Greedy decoding by ReferenceGAR on the CPU; slow and simple."""
+
+    name = "reference"
+
+    def __init__(self, checkpoint: Checkpoint, *, dtype: str = "float32", batch_size: int = 4) -> None:
+        """Load the weights in `dtype` and start the thread; at most `batch_size` requests are decoded together."""
+        try:
+            torch_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+        except KeyError:
+            raise RequestError(f"dtype: expected float32, bfloat16 or float16, got {dtype!r}") from None
+        self.model = ReferenceGAR.load(checkpoint, torch_dtype)
+        self._batch_size = batch_size
+        self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="garserve-reference", daemon=True)
+        self._thread.start()
+
+    def submit(self, prepared: PreparedRequest, sampling: Sampling, on_report: OnReport) -> Callable[[], None]:
+        """Queue a request; its whole answer is one report. Returns a function that cancels it while it waits."""
+        if self._closed:
+            raise GarserveError("the engine is closed")
+        if sampling.temperature > 0:
+            raise RequestError(f"temperature: the reference decodes greedily (0), got {sampling.temperature}")
+        cancelled = threading.Event()
+        self._inbox.put((prepared, sampling, on_report, cancelled))
+        return cancelled.set
+
+    def close(self) -> None:
+        """End the thread after the requests that wait."""
+        self._closed = True
+        self._inbox.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (job := self._inbox.get()) is not None:
+            jobs = [job]
+            while len(jobs) < self._batch_size and not self._inbox.empty():
+                following = self._inbox.get()
+                if following is None:
+                    self._inbox.put(None)
+                    break
+                jobs.append(following)
+            self._decode([one for one in jobs if not one[3].is_set()])
+
+    def _decode(self, jobs: list[_Job]) -> None:
+        if not jobs:
+            return
+        prepared, samplings = [job[0] for job in jobs], [job[1] for job in jobs]
+        stop = samplings[0].stop_id
+        try:
+            tokens, logits = self.model.generate(prepared, [sampling.max_tokens for sampling in samplings], stop)
+        except Exception as error:  # reported to whoever waits, the thread lives on
+            for job in jobs:
+                job[2](error)
+            return
+        for job, ids, first in zip(jobs, tokens, logits, strict=True):
+            reason = "stop" if ids[-1] == stop else "length"
+            job[2](Progress(ids, reason, 0, first.tolist() if job[1].first_logits else None))

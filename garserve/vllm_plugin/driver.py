@@ -1,0 +1,227 @@
+"""Drives vLLM's engine from one thread of its own, for callers of any kind: blocking, streaming, asynchronous.
+
+The thread that steps the engine is the one that made it (OpenMP threads are bound to it on a CPU).
+"""
+
+import atexit
+import itertools
+import os
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from garserve.config import GARConfig
+from garserve.errors import GarserveError, RequestError
+from garserve.generation import OnReport, Progress, Sampling
+from garserve.inputs.processor import PreparedRequest
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+
+@dataclass
+class _Running:
+    on_report: OnReport
+    engine_id: str | None = None
+
+
+def engine_arguments(folder: Path, config: GARConfig, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of vLLM's EngineArgs: garserve's choices, and over them whatever `options` says.
+
+    Raises RequestError for an option that this vLLM does not have.
+    """
+    import dataclasses
+
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+
+    chosen: dict[str, Any] = {
+        "model": str(folder),
+        "dtype": config.dtype,
+        "use_tqdm_on_load": False,
+        "disable_log_stats": True,
+        "enable_prefix_caching": True,
+        "hf_overrides": {"replay_box_scale": config.replay_box_scale},
+    }
+    if current_platform.is_cpu():
+        # Compiling takes half a minute and profiling runs the tower over a full image; a CPU gains nothing from the latter.
+        chosen |= {"enforce_eager": True, "skip_mm_profiling": True}
+    known = {field.name for field in dataclasses.fields(EngineArgs)}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise RequestError(f"engine option {unknown[0]!r} is none of vLLM's (see vllm.EngineArgs)")
+    return chosen | options
+
+
+def sampling_params(sampling: Sampling) -> "SamplingParams":
+    """Return vLLM's parameters; tokens come back as ids alone, and only the authors' stop token ends an answer."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=sampling.temperature,
+        seed=sampling.seed,
+        max_tokens=sampling.max_tokens,
+        stop_token_ids=[sampling.stop_id],
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=-1 if sampling.first_logits else None,
+        output_kind=RequestOutputKind.DELTA if sampling.stream else RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def set_environment(*, verbose: bool, in_process: bool) -> None:
+    """Set what vLLM reads from the environment when it is imported; whatever the user has set stays."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO" if verbose else "ERROR")
+    if in_process:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    # vLLM's own choice leaves a core idle for its API server, which is half of a small machine.
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if cores:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+class EngineDriver:
+    """Owns an LLMEngine and the thread that steps it. `submit` may be called from any thread."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        """Start the engine; an error of its start is raised here."""
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._running: dict[str, _Running] = {}
+        self._numbers = itertools.count()
+        self._started: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._dead: BaseException | None = None
+        self._lock = threading.Lock()
+        self.engine: LLMEngine
+        self._thread = threading.Thread(target=self._run, args=(arguments,), name="garserve-engine", daemon=True)
+        self._thread.start()
+        if (error := self._started.get()) is not None:
+            raise error
+        atexit.register(self.close)
+
+    def submit(self, prepared: PreparedRequest, sampling: Sampling, on_report: OnReport) -> Callable[[], None]:
+        """Queue a request; `on_report` is called from the engine's thread. Returns a function that cancels it."""
+        number = str(next(self._numbers))
+
+        def add() -> None:
+            from garserve.vllm_plugin.multimodal import engine_input
+
+            self._running[number] = running = _Running(on_report)
+            try:
+                running.engine_id = self.engine.add_request(number, engine_input(prepared), sampling_params(sampling))
+            except Exception as error:  # vLLM refuses requests with several kinds of error
+                del self._running[number]
+                on_report(RequestError(f"refused by vLLM: {error}"))
+
+        def cancel() -> None:
+            running = self._running.pop(number, None)
+            if running is not None and running.engine_id is not None:
+                self.engine.abort_request([running.engine_id], internal=True)
+
+        self._send(add)
+        return lambda: self._send(cancel)
+
+    def call(self, function: Callable[["LLMEngine"], Any]) -> Any:
+        """Run a function on the engine in its thread, between two steps, and return what it returns."""
+        answer: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                answer.put((function(self.engine), None))
+            except Exception as error:  # handed to the caller
+                answer.put((None, error))
+
+        self._send(run)
+        value, error = answer.get()
+        if error is not None:
+            raise error
+        return value
+
+    def close(self) -> None:
+        """Stop the thread and the engine; requests that still run are told so."""
+        with self._lock:
+            if self._dead is None:
+                self._dead = GarserveError("the engine is closed")
+                self._inbox.put(None)
+        self._thread.join()
+        atexit.unregister(self.close)
+
+    def _send(self, command: Callable[[], None]) -> None:
+        with self._lock:
+            if self._dead is not None:
+                raise GarserveError(f"the engine has stopped: {self._dead}") from self._dead
+            self._inbox.put(command)
+
+    def _run(self, arguments: dict[str, Any]) -> None:
+        try:
+            from vllm.engine.arg_utils import EngineArgs
+            from vllm.v1.engine.llm_engine import LLMEngine
+
+            self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        except BaseException as error:  # also SystemExit, which some of vLLM's checks raise
+            self._started.put(error)
+            return
+        self._started.put(None)
+        try:
+            while self._take_commands():
+                if self.engine.has_unfinished_requests():
+                    self._step()
+        except Exception as error:
+            with self._lock:
+                self._dead = error
+        self._end()
+
+    def _take_commands(self) -> bool:
+        """Run what callers have sent, waiting for it while there is nothing to compute. False ends the thread."""
+        while True:
+            try:
+                command = self._inbox.get(block=not self.engine.has_unfinished_requests())
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command()
+            if self._inbox.empty():
+                return True
+
+    def _step(self) -> None:
+        for output in self.engine.step():
+            running = self._running.get(output.request_id)
+            if running is None:
+                continue
+            completion = output.outputs[0]
+            if output.finished:
+                del self._running[output.request_id]
+            running.on_report(
+                Progress(
+                    list(completion.token_ids),
+                    (completion.finish_reason or "stop") if output.finished else None,
+                    output.num_cached_tokens or 0,
+                    _first_logits(completion.logprobs),
+                )
+            )
+
+    def _end(self) -> None:
+        error = GarserveError(f"the engine has stopped: {self._dead}")
+        while not self._inbox.empty():
+            if (command := self._inbox.get()) is not None:
+                command()
+        for running in self._running.values():
+            running.on_report(error)
+        self._running.clear()
+        self.engine.engine_core.shutdown()
+        del self.engine
+
+
+def _first_logits(logprobs: Any) -> list[float] | None:
+    """Return the first step's values in the order of the token ids; raw logits with `logprobs_mode="raw_logits"`."""
+    if not logprobs:
+        return None
+    first = logprobs[0]
+    return [first[token].logprob for token in range(len(first))]
