@@ -87,7 +87,7 @@ class Engine:
     def __init__(self, backend: Backend, processor: Processor) -> None:
         self.backend = backend
         self.processor = processor
-        self._stop_id = stop_token_id(processor.tokenizer)
+        self.stop_id = stop_token_id(processor.tokenizer)
 
     def describe(self, image: ImageSource, regions: Sequence[Any], **options: Any) -> list[Answer]:
         """Describe each region by itself, in the authors' single-region form; the image is read and tiled once.
@@ -182,10 +182,10 @@ class Engine:
             return error
 
     def _sampling(self, request: RegionRequest, *, stream: bool = False) -> Sampling:
-        return Sampling(self._stop_id, request.max_tokens, request.temperature, request.seed, stream)
+        return Sampling(self.stop_id, request.max_tokens, request.temperature, request.seed, stream)
 
     def _answer(self, request: RegionRequest, prepared: PreparedRequest, ids: list[int], last: Progress) -> Answer:
-        token_ids = ids[:-1] if ids and ids[-1] == self._stop_id else list(ids)
+        token_ids = ids[:-1] if ids and ids[-1] == self.stop_id else list(ids)
         return Answer(
             text=self.processor.tokenizer.decode(token_ids),
             token_ids=token_ids,

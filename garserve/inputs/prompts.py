@@ -60,13 +60,22 @@ def assemble(request: RegionRequest, num_tiles: int, tokenizer: GARTokenizer, co
     question = DESCRIBE if request.question is None else request.question.rstrip()
     system = DEFAULT_SYSTEM if request.system is None else request.system.strip()
 
-    begin, end = tokenizer.special("<|begin_of_text|>"), tokenizer.special("<|eot_id|>")
-    parts: list[str | int] = [begin, begin, *_header("system", tokenizer), system, end]
-    parts += [*_header("user", tokenizer), config.image_token_id, *preamble, question, end]
-    for turn in request.turns:
-        parts += [*_header(turn.role, tokenizer), turn.text.strip(), end]
-    parts += _header("assistant", tokenizer)
+    turns: list[tuple[str, list[str | int]]] = [("user", [config.image_token_id, *preamble, question])]
+    turns += [(turn.role, [turn.text.strip()]) for turn in request.turns]
+    begin = tokenizer.special("<|begin_of_text|>")
+    parts = [begin, *chat_parts(system, turns, tokenizer)]
     return expand(tokenizer.encode_parts(parts), num_tiles, config)
+
+
+def chat_parts(
+    system: str, turns: Sequence[tuple[str, Sequence[str | int]]], tokenizer: GARTokenizer, *, reply: bool = True
+) -> list[str | int]:
+    """Render Perception-LM's chat template as texts and token ids; `reply` opens the assistant's turn."""
+    end = tokenizer.special("<|eot_id|>")
+    parts: list[str | int] = [tokenizer.special("<|begin_of_text|>")]
+    for role, content in [("system", [system]), *turns]:
+        parts += [*_header(role, tokenizer), *content, end]
+    return [*parts, *_header("assistant", tokenizer)] if reply else parts
 
 
 def _header(role: str, tokenizer: GARTokenizer) -> list[str | int]:
