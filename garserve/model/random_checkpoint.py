@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from garserve.checkpoint import expected_tensors
+from garserve.checkpoint import HEAD, expected_tensors
 from garserve.config import parse_config
 from garserve.presets import PresetName, preset
 
@@ -23,6 +23,8 @@ _WORDS = (
     "is black, white, grey, red, orange, yellow, green, blue, purple, pink, brown. A cup of coffee stands on a wooden "
     "table beside a spoon and a saucer; a cat, a dog, a person, a tree, a house and a car are seen in the picture."
 )
+# Sharp attention and strong values in the decoder: what it says depends on picture and prompt, not on the last word alone.
+_GAINS = {"q_proj.weight": 2.5, "k_proj.weight": 2.5, "v_proj.weight": 2.0, "o_proj.weight": 2.0}
 CHAT_TEMPLATE = """\
 {%- set ns = namespace(system='You are a helpful language and vision assistant. You are able to understand the visual \
 content that the user provides, and assist the user with a variety of tasks using natural language.') -%}
@@ -55,8 +57,10 @@ def write_random_checkpoint(
     generator = torch.Generator().manual_seed(seed)
     dtype = getattr(torch, parsed.dtype)
     tensors = {name: _random(name, shape, generator).to(dtype) for name, shape in expected_tensors(parsed).items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     base = config["mllm_config"]["image_token_id"] - 2
+    if HEAD in tensors:
+        tensors[HEAD][base:] = 0  # noise reads better without control tokens
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     _write_json(folder / "config.json", config)
     _write_json(folder / "preprocessor_config.json", preprocessor)
     _write_tokenizer(folder, base)
@@ -69,8 +73,10 @@ def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> to
         return 1.0 + 0.1 * values if name.endswith("weight") else 0.1 * values
     if "gamma" in name:
         return 0.3 * values
-    fan_in = torch.Size(shape[1:]).numel() if len(shape) > 1 else 1
-    return 0.1 * values if len(shape) == 1 else values * fan_in**-0.5
+    if len(shape) == 1:
+        return 0.1 * values
+    gain = next((gain for end, gain in _GAINS.items() if name.endswith(end)), 1.0)
+    return gain * values * torch.Size(shape[1:]).numel() ** -0.5
 
 
 def special_tokens() -> list[str]:

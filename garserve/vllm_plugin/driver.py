@@ -5,6 +5,7 @@ The thread that steps the engine is the one that made it (OpenMP threads are bou
 
 import atexit
 import itertools
+import logging
 import os
 import queue
 import threading
@@ -77,6 +78,8 @@ def sampling_params(sampling: Sampling) -> "SamplingParams":
 def set_environment(*, verbose: bool, in_process: bool) -> None:
     """Set what vLLM reads from the environment when it is imported; whatever the user has set stays."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO" if verbose else "ERROR")
+    if not verbose:
+        logging.getLogger("vllm").setLevel(logging.ERROR)  # vLLM speaks before it has read its own level
     if in_process:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")

@@ -1,0 +1,1 @@
+"""Batch inference: many requests from a file, one row of output for each (floor 6)."""

@@ -1,0 +1,91 @@
+"""Reading requests from JSON lines, one at a time."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from garserve.errors import InputError, RequestError
+from garserve.inputs.regions import Region
+from garserve.inputs.request import RegionRequest
+
+
+class RequestLine(BaseModel):
+    """One line of a requests file. Unknown keys (answers, labels, notes of a data set) are left alone.
+
+    `image` is a path, relative to the file, or a data URL. `regions` are as Region.parse takes them. With `choices`
+    the question is asked as the authors' evaluation asks it.
+    """
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+    id: str | int | None = None
+    image: str = Field(min_length=1)
+    regions: list[Any]
+    question: str | None = None
+    choices: list[str] = Field(default_factory=list)
+    system: str | None = None
+    max_tokens: int | None = None
+    focus: list[int] | None = None
+    prompt_index: int | None = None
+
+    def request(self, folder: Path, max_tokens: int) -> RegionRequest:
+        """Return the line as a request; a relative image or mask path is taken from `folder`."""
+        image: str | Path = self.image if self.image.startswith("data:") else folder / self.image
+        return RegionRequest(
+            image=image,
+            regions=[Region.parse(_located(region, folder)) for region in self.regions],
+            question=self._asked(),
+            system=self.system,
+            max_tokens=self.max_tokens or max_tokens,
+            focus=self.focus,
+            prompt_index=self.prompt_index,
+        )
+
+    def _asked(self) -> str | None:
+        if not self.choices:
+            return self.question
+        options = "".join(f"\n{choice}" for choice in self.choices)
+        return f"Question: {self.question}\nOptions:{options}\nAnswer with the correct option's letter directly."
+
+
+def _located(region: Any, folder: Path) -> Any:
+    if isinstance(region, dict) and isinstance(region.get("mask"), str):
+        return {**region, "mask": folder / region["mask"]}
+    return region
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the input: its number from 1, its id, and its request or what is wrong with it."""
+
+    number: int
+    id: str
+    request: RegionRequest | InputError
+
+
+def read_lines(path: Path, max_tokens: int) -> Iterator[Line]:
+    """Yield every line that is not blank; a bad one is yielded with its error, and the next is read."""
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if raw.strip():
+                yield _read_line(number, raw, path.parent, max_tokens)
+
+
+def _read_line(number: int, raw: bytes, folder: Path, max_tokens: int) -> Line:
+    identity = str(number)
+    try:
+        data = json.loads(raw)
+        if isinstance(data, dict) and isinstance(data.get("id"), str | int):
+            identity = str(data["id"])
+        return Line(number, identity, RequestLine.model_validate(data).request(folder, max_tokens))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        return Line(number, identity, RequestError(f"not JSON ({error})"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "line"
+        return Line(number, identity, RequestError(f"{where}: {first['msg']}, got {first['input']!r:.80}"))
+    except InputError as error:
+        return Line(number, identity, error)

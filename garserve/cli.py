@@ -1,0 +1,227 @@
+"""The command line (floor 7): parses arguments, shows results. Everything that computes lives below."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from garserve import __version__
+from garserve.cli_options import (
+    Backend,
+    CheckpointOption,
+    EngineOption,
+    JsonOption,
+    MaxTilesOption,
+    MaxTokensOption,
+    RegionCommand,
+    VerboseOption,
+    parse_engine_options,
+    parse_regions,
+)
+from garserve.errors import GarserveError
+
+if TYPE_CHECKING:
+    from garserve.engine import Answer, Engine
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+console = Console()
+status_console = Console(stderr=True)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """Describe regions of images, and answer questions about them, with Grasp Any Region models."""
+    if version:
+        console.print(__version__)
+        raise typer.Exit
+
+
+@contextmanager
+def _engine(
+    checkpoint: str, backend: str, max_num_tiles: int | None, options: list[str] | None, verbose: bool
+) -> "Iterator[Engine]":
+    """Load an engine behind a spinner, and close it."""
+    from garserve.engine import load
+
+    extra: dict[str, Any] = parse_engine_options(options)
+    if backend == "vllm":
+        extra.setdefault("verbose", verbose)
+    with status_console.status(f"Loading {checkpoint} ({backend}) ..."):
+        engine = load(checkpoint, backend, max_num_tiles=max_num_tiles, **extra)  # type: ignore[arg-type]
+    with engine:
+        yield engine
+
+
+def _row(answer: "Answer", name: str) -> dict[str, Any]:
+    return {
+        "region": name,
+        "text": answer.text,
+        "finish_reason": answer.finish_reason,
+        "prompt_tokens": answer.prompt_tokens,
+        "cached_tokens": answer.cached_tokens,
+        "answer_tokens": len(answer.token_ids),
+    }
+
+
+def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(rows, ensure_ascii=False, indent=2))
+        return
+    for row in rows:
+        console.print(f"[bold cyan]{escape(row['region'])}[/]  {escape(row['text'])}", soft_wrap=True)
+
+
+@app.command(cls=RegionCommand)
+def describe(
+    context: typer.Context,
+    image: Annotated[str, typer.Argument(help="Image file.")],
+    checkpoint: CheckpointOption,
+    box: Annotated[list[str] | None, typer.Option(help="Region: a box x1,y1,x2,y2 in pixels.")] = None,
+    xywh: Annotated[list[str] | None, typer.Option(help="Region: a box x,y,width,height in pixels.")] = None,
+    mask: Annotated[list[str] | None, typer.Option(help="Region: a mask image of the image's size.")] = None,
+    polygon: Annotated[list[str] | None, typer.Option(help="Region: a polygon x1,y1,x2,y2,x3,y3,... in pixels.")] = None,
+    points: Annotated[list[str] | None, typer.Option(help="Region: points x1,y1[,x2,y2...], a disc around each.")] = None,
+    scribble: Annotated[list[str] | None, typer.Option(help="Region: a line x1,y1,x2,y2,..., drawn 8 pixels wide.")] = None,
+    rle: Annotated[list[str] | None, typer.Option(help="Region: a COCO RLE as JSON, or a file that holds it.")] = None,
+    ask: Annotated[str | None, typer.Option(help="A question that names the regions as <Prompt0>, <Prompt1>, ...")] = None,
+    image_out: Annotated[Path | None, typer.Option(help="Save a picture of the regions and the answers here.")] = None,
+    max_tokens: MaxTokensOption = 256,
+    max_num_tiles: MaxTilesOption = None,
+    backend: Backend = "vllm",
+    engine_option: EngineOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Describe each region of an image, or [bold]--ask[/] one question about all of them.
+
+    Regions are numbered in the order in which they are given.
+    """
+    from garserve.inputs.images import load_image
+    from garserve.inputs.processor import draw_masks
+
+    regions = parse_regions(context)
+    pixels = load_image(image)
+    masks = draw_masks(regions, pixels.shape[0], pixels.shape[1])
+    with _engine(checkpoint, backend, max_num_tiles, engine_option, verbose) as engine:
+        if ask is None:
+            with status_console.status(f"Describing {len(regions)} regions ..."):
+                answers = engine.describe(pixels, regions, max_tokens=max_tokens)
+            rows = [_row(answer, f"region {i}") for i, answer in enumerate(answers)]
+        else:
+            with status_console.status("Answering ..."):
+                rows = [_row(engine.ask(pixels, regions, ask, max_tokens=max_tokens), "answer")]
+    _show(rows, as_json)
+    if image_out is not None:
+        from garserve.pictures import save_picture
+
+        captions = [row["text"] for row in rows] if ask is None else [f"{ask} {rows[0]['text']}"]
+        save_picture(image_out, pixels, masks, captions)
+        status_console.print(f"Saved {image_out}")
+
+
+@app.command()
+def batch(
+    input_file: Annotated[Path, typer.Option("--input", "-i", exists=True, dir_okay=False, help="Requests, one JSON object a line.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Answers, one JSON object a line, in the same order.")],
+    checkpoint: CheckpointOption,
+    max_tokens: MaxTokensOption = 256,
+    max_num_tiles: MaxTilesOption = None,
+    backend: Backend = "vllm",
+    engine_option: EngineOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Answer a file of requests. A bad line becomes an error row with its line number; the others go on.
+
+    A line is {"image": path, "regions": [...], "question": text or left out, "id": ...}; regions are
+    {"box": [x1, y1, x2, y2]}, {"rle": ...}, {"polygon": ...}, {"mask": path}, {"points": ...}, {"scribble": ...}.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from garserve.batch.job import Totals, count_lines, run_batch
+
+    if not output.parent.is_dir():
+        raise GarserveError(f"--output: no such folder: {output.parent}")
+    with _engine(checkpoint, backend, max_num_tiles, engine_option, verbose) as engine:
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=status_console) as progress:
+            task = progress.add_task("rows", total=count_lines(input_file))
+
+            def advance(totals: Totals) -> None:
+                progress.update(task, completed=totals.rows, description=f"rows, {totals.errors} errors")
+
+            totals = run_batch(engine, input_file, output, max_tokens=max_tokens, on_row=advance)
+    summary = {"output": str(output), **totals.__dict__}
+    if as_json:
+        typer.echo(json.dumps(summary))
+    else:
+        console.print(f"{totals.rows} rows, {totals.errors} of them errors, {totals.regions} regions: {escape(str(output))}")
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Show versions and device, and check that vLLM sees garserve and that replay tells the truth.
+
+    Exits with 1 when a check fails.
+    """
+    from garserve.doctor import examine
+
+    with status_console.status("Examining ..."):
+        checks = list(examine())
+    if as_json:
+        typer.echo(json.dumps([check.as_json() for check in checks], indent=2))
+    else:
+        for check in checks:
+            mark = {None: " ", True: "[green]✓[/]", False: "[red]✗[/]"}[check.passed]
+            console.print(f"{mark} {check.name:<30} {escape(check.value)}", soft_wrap=True)
+    if any(check.passed is False for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--output", "-o", help="Where the picture and the checkpoint go.")] = Path("demo-out"),
+    backend: Backend = "vllm",
+    verbose: VerboseOption = False,
+) -> None:
+    """Describe three regions of a photograph that comes with garserve, and relate two of them.
+
+    The weights are random, made on the spot: the whole road is real, the sentences are noise.
+    """
+    from garserve.demo import NOTE, run_demo
+
+    rows = []
+    with _engine(str(_demo_checkpoint(folder)), backend, None, None, verbose) as engine:
+        for name, answer in run_demo(engine, folder / "regions.png"):
+            rows.append(_row(answer, name))
+    _show(rows, as_json=False)
+    console.print(f"[dim]{NOTE}[/]")
+    console.print(f"Picture: {folder / 'regions.png'}")
+
+
+def _demo_checkpoint(folder: Path) -> Path:
+    from garserve.model.random_checkpoint import write_random_checkpoint
+
+    return write_random_checkpoint(folder / "random-checkpoint")
+
+
+def main() -> None:
+    """Run the command line; an error that garserve raised on purpose is one line, and exit code 2."""
+    if not {"-v", "--verbose"} & set(sys.argv):
+        import warnings
+
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    try:
+        app()
+    except GarserveError as error:
+        status_console.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(2)

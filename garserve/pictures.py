@@ -1,0 +1,83 @@
+"""Pictures of regions and what was said about them (floor 6)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import shorten, wrap
+
+import numpy as np
+from numpy.typing import NDArray
+
+from garserve.inputs.shapes import Mask
+
+# Okabe and Ito's colours: told apart by people with any colour vision.
+COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#F0E442")
+_WIDTH_INCHES = 8.0
+_LINE_INCHES = 0.24
+_CHARACTERS = 92
+
+
+def save_picture(
+    path: Path, image: NDArray[np.uint8], masks: Sequence[Mask], captions: Sequence[str], note: str = ""
+) -> None:
+    """Save the image with each region tinted, outlined and numbered, and its caption in its colour underneath.
+
+    `image` is RGB [H, W, 3], `masks` are boolean [H, W]. Needs matplotlib (`pip install garserve[pictures]`).
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    paragraphs = [(_name(i), COLOURS[i % len(COLOURS)], _lines(text)) for i, text in enumerate(captions)]
+    if note:
+        paragraphs.append(("", "#555555", _lines(note)))
+    rows = sum(len(lines) for _, _, lines in paragraphs) + 0.7 * len(paragraphs)
+    height, width = image.shape[:2]
+    shown = _WIDTH_INCHES * height / width
+    total = shown + _LINE_INCHES * (rows + 0.7)
+    figure = Figure(figsize=(_WIDTH_INCHES, total), dpi=120, facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0, 1 - shown / total, 1, shown / total))
+    axes.imshow(_tint(image, masks), interpolation="antialiased")
+    axes.set_axis_off()
+    for i, mask in enumerate(masks):
+        colour = COLOURS[i % len(COLOURS)]
+        axes.contour(np.pad(mask, 1)[1:-1, 1:-1], levels=[0.5], colors=[colour], linewidths=2)
+        y, x = _label_place(mask)
+        axes.text(x, y, _name(i), color="white", weight="bold", ha="center", va="center", bbox={"facecolor": colour, "lw": 0})
+    cursor = total - shown - 0.7 * _LINE_INCHES
+    for name, colour, lines in paragraphs:
+        if name:
+            figure.text(0.02, cursor / total, name, color=colour, weight="bold", va="top", fontsize=10)
+        for line in lines:
+            # `$` would start a formula.
+            figure.text(0.06 if name else 0.02, cursor / total, line.replace("$", r"\$"), va="top", fontsize=10)
+            cursor -= _LINE_INCHES
+        cursor -= 0.7 * _LINE_INCHES
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _name(position: int) -> str:
+    return str(position)
+
+
+def _lines(text: str) -> list[str]:
+    printable = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+    return wrap(shorten(printable, 600, placeholder=" …"), _CHARACTERS) or ["(empty)"]
+
+
+def _tint(image: NDArray[np.uint8], masks: Sequence[Mask]) -> NDArray[np.uint8]:
+    """Mix each region's colour into its pixels, at a third of its strength."""
+    from matplotlib.colors import to_rgb
+
+    tinted = image.astype(np.float32)
+    for i, mask in enumerate(masks):
+        colour = np.asarray(to_rgb(COLOURS[i % len(COLOURS)]), dtype=np.float32) * 255
+        tinted[mask] = tinted[mask] * 0.66 + colour * 0.34
+    return tinted.round().astype(np.uint8)
+
+
+def _label_place(mask: Mask) -> tuple[float, float]:
+    """A pixel inside the region near its middle: the row and column (y, x) closest to the centre of mass."""
+    rows, columns = np.nonzero(mask)
+    nearest = int(np.argmin((rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2))
+    return float(rows[nearest]), float(columns[nearest])
