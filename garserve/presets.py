@@ -47,7 +47,7 @@ def preset(name: PresetName) -> tuple[dict[str, Any], dict[str, Any]]:
             text,
             factor=32.0,
             tied=False,
-            max_num_tiles=6,
+            max_num_tiles=16,
             base=512,
             dtype="float32",
         )

@@ -1,18 +1,23 @@
 """vLLM as a backend of garserve's engine."""
 
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from garserve.checkpoint import Checkpoint
+from garserve.errors import GarserveError
 from garserve.generation import OnReport, Sampling
 from garserve.inputs.processor import PreparedRequest
 from garserve.vllm_plugin.driver import EngineDriver, engine_arguments, set_environment
+
+_process_lock = threading.Lock()
 
 
 class VLLMBackend:
     """Continuous batching and paged attention by vLLM, in this process unless told otherwise."""
 
     name = "vllm"
+    _in_process: "ClassVar[VLLMBackend | None]" = None
 
     def __init__(
         self,
@@ -28,10 +33,31 @@ class VLLMBackend:
         `separate_process` runs the engine core in a process of its own: preparation and decoding then never wait
         for each other's interpreter lock, at the price of a second start.
         """
-        set_environment(verbose=verbose, in_process=not separate_process)
-        if max_num_tiles is not None:
-            options["mm_processor_kwargs"] = {"max_num_tiles": max_num_tiles, **options.get("mm_processor_kwargs", {})}
-        self.driver = EngineDriver(engine_arguments(checkpoint.folder, checkpoint.config, options))
+        if not separate_process:
+            self._claim_process()
+        try:
+            set_environment(verbose=verbose)
+            if max_num_tiles is not None:
+                options["mm_processor_kwargs"] = {"max_num_tiles": max_num_tiles, **options.get("mm_processor_kwargs", {})}
+            arguments = engine_arguments(checkpoint.folder, checkpoint.config, options, in_process=not separate_process)
+            self.driver = EngineDriver(arguments, separate_process=separate_process)
+        except BaseException:
+            self._release_process()
+            raise
+
+    def _claim_process(self) -> None:
+        """vLLM keeps its process groups in globals: the engine that closes first would take them from the other."""
+        with _process_lock:
+            if VLLMBackend._in_process is not None:
+                raise GarserveError(
+                    "a vLLM engine runs in this process already: close it first, or load with separate_process=True"
+                )
+            VLLMBackend._in_process = self
+
+    def _release_process(self) -> None:
+        with _process_lock:
+            if VLLMBackend._in_process is self:
+                VLLMBackend._in_process = None
 
     def submit(self, prepared: PreparedRequest, sampling: Sampling, on_report: OnReport) -> Callable[[], None]:
         """Queue a request; reports come from the engine's thread. Returns a function that cancels it."""
@@ -40,3 +66,4 @@ class VLLMBackend:
     def close(self) -> None:
         """Stop the engine."""
         self.driver.close()
+        self._release_process()

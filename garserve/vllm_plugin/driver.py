@@ -30,7 +30,9 @@ class _Running:
     engine_id: str | None = None
 
 
-def engine_arguments(folder: Path, config: GARConfig, options: dict[str, Any]) -> dict[str, Any]:
+def engine_arguments(
+    folder: Path, config: GARConfig, options: dict[str, Any], *, in_process: bool = True
+) -> dict[str, Any]:
     """Return the arguments of vLLM's EngineArgs: garserve's choices, and over them whatever `options` says.
 
     Raises RequestError for an option that this vLLM does not have.
@@ -48,6 +50,8 @@ def engine_arguments(folder: Path, config: GARConfig, options: dict[str, Any]) -
         "enable_prefix_caching": True,
         "hf_overrides": {"replay_box_scale": config.replay_box_scale},
     }
+    if in_process:
+        chosen["mm_processor_cache_gb"] = 0  # nothing is sent anywhere, so there is nothing to save
     if current_platform.is_cpu():
         # Compiling takes half a minute and profiling runs the tower over a full image; a CPU gains nothing from the latter.
         chosen |= {"enforce_eager": True, "skip_mm_profiling": True}
@@ -75,13 +79,11 @@ def sampling_params(sampling: Sampling) -> "SamplingParams":
     )
 
 
-def set_environment(*, verbose: bool, in_process: bool) -> None:
+def set_environment(*, verbose: bool) -> None:
     """Set what vLLM reads from the environment when it is imported; whatever the user has set stays."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO" if verbose else "ERROR")
     if not verbose:
         logging.getLogger("vllm").setLevel(logging.ERROR)  # vLLM speaks before it has read its own level
-    if in_process:
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     # vLLM's own choice leaves a core idle for its API server, which is half of a small machine.
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -93,8 +95,9 @@ def set_environment(*, verbose: bool, in_process: bool) -> None:
 class EngineDriver:
     """Owns an LLMEngine and the thread that steps it. `submit` may be called from any thread."""
 
-    def __init__(self, arguments: dict[str, Any]) -> None:
+    def __init__(self, arguments: dict[str, Any], *, separate_process: bool = False) -> None:
         """Start the engine; an error of its start is raised here."""
+        self._separate_process = separate_process
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._running: dict[str, _Running] = {}
         self._numbers = itertools.count()
@@ -113,11 +116,9 @@ class EngineDriver:
         number = str(next(self._numbers))
 
         def add() -> None:
-            from garserve.vllm_plugin.multimodal import engine_input
-
             self._running[number] = running = _Running(on_report)
             try:
-                running.engine_id = self.engine.add_request(number, engine_input(prepared), sampling_params(sampling))
+                running.engine_id = self._add(number, prepared, sampling)
             except Exception as error:  # vLLM refuses requests with several kinds of error
                 del self._running[number]
                 on_report(RequestError(f"refused by vLLM: {error}"))
@@ -129,6 +130,14 @@ class EngineDriver:
 
         self._send(add)
         return lambda: self._send(cancel)
+
+    def _add(self, number: str, prepared: PreparedRequest, sampling: Sampling) -> str:
+        from garserve.vllm_plugin.multimodal import engine_input, share_with_engine
+
+        prompt = engine_input(prepared)
+        if (cache := self.engine.renderer.mm_processor_cache) is not None:
+            share_with_engine(cache, prompt)
+        return self.engine.add_request(number, prompt, sampling_params(sampling))
 
     def call(self, function: Callable[["LLMEngine"], Any]) -> Any:
         """Run a function on the engine in its thread, between two steps, and return what it returns."""
@@ -163,10 +172,7 @@ class EngineDriver:
 
     def _run(self, arguments: dict[str, Any]) -> None:
         try:
-            from vllm.engine.arg_utils import EngineArgs
-            from vllm.v1.engine.llm_engine import LLMEngine
-
-            self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+            self.engine = _make_engine(arguments, self._separate_process)
         except BaseException as error:  # also SystemExit, which some of vLLM's checks raise
             self._started.put(error)
             return
@@ -220,6 +226,22 @@ class EngineDriver:
         self._running.clear()
         self.engine.engine_core.shutdown()
         del self.engine
+
+
+def _make_engine(arguments: dict[str, Any], separate_process: bool) -> "LLMEngine":
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    # vLLM chooses its process mode (and on a CPU its executor) by this variable, and reads it anew for each engine.
+    name = "VLLM_ENABLE_V1_MULTIPROCESSING"
+    before = os.environ.get(name)
+    os.environ[name] = "1" if separate_process else "0"
+    try:
+        return LLMEngine.from_engine_args(EngineArgs(**arguments))
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _first_logits(logprobs: Any) -> list[float] | None:

@@ -57,7 +57,7 @@ def engine_input(prepared: PreparedRequest) -> MultiModalInput:
     )
 
 
-def _share_with_engine(cache: BaseMultiModalProcessorCache, result: MultiModalInput) -> None:
+def share_with_engine(cache: BaseMultiModalProcessorCache, result: MultiModalInput) -> None:
     """Replace items that the engine's process holds already, so that each is sent to it once."""
     hashes = result["mm_hashes"][MODALITY]
     items = cast(list[Any], result["mm_kwargs"][MODALITY])
@@ -178,7 +178,7 @@ class GARMultiModalProcessor(BaseMultiModalProcessor[GARProcessingInfo]):
             prepared = self._prepare(processor, inputs, options)
             result = engine_input(prepared)
         if inputs.cache is not None:
-            _share_with_engine(inputs.cache, result)
+            share_with_engine(inputs.cache, result)
         return result
 
     def get_dummy_inputs(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> ProcessorInputs:

@@ -1,0 +1,163 @@
+"""The face: describing, asking, chatting, streaming, many at once; errors in their places."""
+
+import asyncio
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import garserve
+from garserve.engine import Answer, Engine
+from garserve.errors import GarserveError, ImageError, RegionError, RequestError
+from garserve.inputs.request import RegionRequest
+from tests.conftest import PHOTO
+
+BOX, DISC = {"box": [5, 5, 60, 50]}, {"points": [[100, 60]], "radius": 12}
+
+
+@pytest.fixture(params=["reference", pytest.param("vllm", marks=pytest.mark.vllm)])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    return request.getfixturevalue("reference" if request.param == "reference" else "vllm_engine")
+
+
+def test_describe_gives_an_answer_a_region(engine: Engine) -> None:
+    answers = engine.describe(PHOTO, [BOX, DISC, garserve.Region.from_mask(np.ones((400, 600), bool))], max_tokens=7)
+    assert [len(answer.token_ids) for answer in answers] == [7, 7, 7]
+    assert len({answer.text for answer in answers}) == 3
+    assert all(answer.finish_reason == "length" and answer.text and answer.prompt_tokens > 100 for answer in answers)
+
+
+def test_chat_is_a_request_with_turns(engine: Engine, picture: np.ndarray) -> None:
+    chat = engine.chat(picture, [BOX, DISC], max_tokens=6)
+    first = chat.say("How does <Prompt0> relate to <Prompt1>?")
+    second = chat.say("And its colour?")
+    assert first == engine.ask(picture, [BOX, DISC], "How does <Prompt0> relate to <Prompt1>?", max_tokens=6) or first.text
+    turns = [garserve.inputs.request.Turn("assistant", first.text), garserve.inputs.request.Turn("user", "And its colour?")]
+    request = RegionRequest(picture, [BOX, DISC], "How does <Prompt0> relate to <Prompt1>?", turns=turns, max_tokens=6)
+    assert next(engine.describe_many([request])).token_ids == second.token_ids
+    with pytest.raises(RequestError, match="say: expected a text"):
+        chat.say()
+
+
+def test_chat_opens_with_a_description(engine: Engine, picture: np.ndarray) -> None:
+    chat = engine.chat(picture, [BOX], max_tokens=4)
+    assert chat.say().token_ids == engine.describe(picture, [BOX], max_tokens=4)[0].token_ids
+    assert chat.say("More?").prompt_tokens > 0
+
+
+def test_streaming_gives_the_answer_in_pieces(engine: Engine, picture: np.ndarray) -> None:
+    request = RegionRequest(picture, [BOX], max_tokens=16, id="a")
+
+    async def collect() -> list[garserve.Chunk]:
+        return [chunk async for chunk in engine.generate(request)]
+
+    chunks = asyncio.run(collect())
+    whole = engine.describe(picture, [BOX], max_tokens=16)[0]
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    assert chunks[-1].answer is not None
+    assert chunks[-1].answer.token_ids == whole.token_ids
+    assert chunks[-1].answer.id == "a"
+    if engine.backend.name == "vllm":
+        assert len(chunks) > 4
+
+
+def test_many_streams_at_once_and_one_left_early(engine: Engine, picture: np.ndarray) -> None:
+    async def one(k: int) -> str:
+        text = ""
+        async for chunk in engine.generate(RegionRequest(picture, [{"box": [k, k, 60 + k, 50]}], max_tokens=8)):
+            text += chunk.text
+            if k == 3:
+                break
+        return text
+
+    async def run() -> list[str]:
+        return await asyncio.gather(*(one(k) for k in range(6)))
+
+    texts = asyncio.run(run())
+    for k in (0, 1, 2, 4, 5):
+        assert texts[k] == engine.describe(picture, [{"box": [k, k, 60 + k, 50]}], max_tokens=8)[0].text
+
+
+def test_many_keeps_order_and_reads_no_further_than_needed(engine: Engine, picture: np.ndarray) -> None:
+    drawn: list[int] = []
+
+    def requests():
+        for k in range(30):
+            drawn.append(k)
+            yield RegionRequest(picture, [{"box": [k, 2, 80, 60]}], max_tokens=1 + k % 4, id=str(k))
+
+    answers = engine.describe_many(requests(), in_flight=5)
+    first = next(answers)
+    assert first.id == "0"
+    assert len(drawn) == 5
+    rest = list(answers)
+    assert [answer.id for answer in rest] == [str(k) for k in range(1, 30)]
+    assert [len(answer.token_ids) for answer in rest] == [1 + k % 4 for k in range(1, 30)]
+
+
+def test_outcomes_put_errors_in_their_places(engine: Engine, picture: np.ndarray) -> None:
+    requests = [
+        RegionRequest(picture, [BOX], max_tokens=2),
+        RegionRequest("/nowhere.png", [BOX]),
+        RegionRequest(picture, [{"box": [500, 1, 600, 9]}]),
+        RequestError("from the source"),
+        RegionRequest(picture, [DISC], max_tokens=2),
+    ]
+    outcomes = list(engine.outcomes(requests))
+    assert [type(outcome) for outcome in outcomes] == [Answer, ImageError, RegionError, RequestError, Answer]
+    with pytest.raises(ImageError, match="nowhere"):
+        list(engine.describe_many(requests[:2]))
+
+
+def test_threads_share_an_engine(engine: Engine, picture: np.ndarray) -> None:
+    expected = {k: engine.describe(picture, [{"box": [k, 2, 80, 60]}], max_tokens=5)[0].text for k in range(6)}
+    found: dict[int, str] = {}
+
+    def work(k: int) -> None:
+        found[k] = engine.describe(picture, [{"box": [k, 2, 80, 60]}], max_tokens=5)[0].text
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == expected
+
+
+def test_temperature(engine: Engine, picture: np.ndarray) -> None:
+    if engine.backend.name == "reference":
+        with pytest.raises(RequestError, match="temperature: the reference decodes greedily"):
+            engine.describe(picture, [BOX], temperature=1.0)
+        return
+    texts = {engine.describe(picture, [BOX], temperature=2.0, seed=seed, max_tokens=8)[0].text for seed in (1, 1, 2, 3)}
+    assert len(texts) == 3
+
+
+def test_a_closed_engine_says_so(mini: Path, picture: np.ndarray) -> None:
+    engine = garserve.load(mini, "reference")
+    engine.close()
+    with pytest.raises(GarserveError, match="closed"):
+        engine.describe(picture, [BOX])
+
+
+def test_load_refuses_nonsense(mini: Path) -> None:
+    with pytest.raises(RequestError, match="backend: expected 'vllm' or 'reference', got 'tensorrt'"):
+        garserve.load(mini, "tensorrt")  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="max_num_tiles: expected 1 to 36, got 40"):
+        garserve.load(mini, "reference", max_num_tiles=40)
+    with pytest.raises(RequestError, match="dtype: expected float32"):
+        garserve.load(mini, "reference", dtype="float8")
+
+
+def test_box_scale_can_be_chosen(mini: Path, picture: np.ndarray) -> None:
+    texts = set()
+    for scale in ("released", "geometric"):
+        with garserve.load(mini, "reference", box_scale=scale) as engine:  # type: ignore[arg-type]
+            texts.add(engine.describe(picture, [BOX], max_tokens=12)[0].text)
+    assert len(texts) == 2
+
+
+def test_unknown_name_in_the_package() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        garserve.nothing  # noqa: B018

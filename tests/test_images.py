@@ -1,0 +1,122 @@
+"""Images of every kind become upright 8-bit RGB; what is no image is refused by name."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from garserve.errors import ImageError
+from garserve.inputs.images import load_image
+from tests.conftest import PHOTO
+
+
+def png(image: Image.Image, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def colours() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+
+
+def test_one_picture_by_every_road(colours: np.ndarray, tmp_path) -> None:
+    data = png(Image.fromarray(colours))
+    path = tmp_path / "a.png"
+    path.write_bytes(data)
+    url = "data:image/png;base64," + base64.b64encode(data).decode()
+    for source in (path, str(path), data, url, Image.fromarray(colours), colours, colours.astype(np.uint16) * 257):
+        loaded = load_image(source)
+        assert loaded.dtype == np.uint8
+        assert np.array_equal(loaded, colours)
+
+
+def test_exif_orientation_is_applied(colours: np.ndarray) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise to see it upright
+    assert np.array_equal(load_image(png(Image.fromarray(colours), exif=exif)), np.rot90(colours, -1))
+
+
+def test_transparency_is_laid_on_white() -> None:
+    rgba = np.zeros((1, 3, 4), np.uint8)
+    rgba[0, :, 0] = 200
+    rgba[0, :, 3] = (255, 0, 51)
+    expected = [[[200, 0, 0], [255, 255, 255], [244, 204, 204]]]
+    assert np.abs(load_image(Image.fromarray(rgba)).astype(int) - expected).max() <= 1
+    assert np.abs(load_image(rgba).astype(int) - expected).max() <= 1
+
+
+def test_palette_grey_bilevel_16_bit_and_cmyk(colours: np.ndarray) -> None:
+    image = Image.fromarray(colours)
+    assert np.array_equal(load_image(png(image.quantize(256))), np.asarray(image.quantize(256).convert("RGB")))
+    grey = np.asarray(image.convert("L"))
+    assert np.array_equal(load_image(png(image.convert("L"))), np.repeat(grey[..., None], 3, axis=2))
+    bilevel = png(image.convert("1"))
+    assert set(np.unique(load_image(bilevel))) <= {0, 255}
+    deep = png(Image.fromarray(grey.astype(np.uint16) * 257))
+    assert np.array_equal(load_image(deep), np.repeat(grey[..., None], 3, axis=2))
+    buffer = io.BytesIO()
+    Image.new("CMYK", (4, 3), (0, 255, 255, 0)).save(buffer, "JPEG")
+    red = load_image(buffer.getvalue())
+    assert red.shape == (3, 4, 3)
+    assert red[0, 0, 0] > 200
+    assert red[0, 0, 1] < 60
+
+
+def test_palette_with_transparent_entry() -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 0), 1)
+    assert load_image(png(image, transparency=1)).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+
+
+def test_tiny_and_very_wide_images() -> None:
+    assert load_image(png(Image.new("RGB", (1, 1), (1, 2, 3)))).tolist() == [[[1, 2, 3]]]
+    assert load_image(Image.new("RGB", (20000, 20))).shape == (20, 20000, 3)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("/nowhere/a.png", "/nowhere/a.png: no such file"),
+        (b"", "image bytes: empty"),
+        (b"hello, this is a text", "not an image"),
+        ("data:image/png,abc", "expected base64"),
+        ("data:image/png;base64,@@@", "not base64"),
+        (PHOTO.read_bytes()[:5000], "truncated"),
+        (png(Image.new("RGB", (64, 64), "red"))[:60], "truncated"),
+        (np.zeros((4, 4, 2), np.uint8), r"expected shape .* got \[4, 4, 2\]"),
+        (np.zeros((0, 4, 3), np.uint8), r"expected shape"),
+        (np.zeros((4, 4, 3), np.float32), "expected uint8, uint16 or bool, got float32"),
+        (12, "expected a path, bytes, data URL, PIL image or array, got int"),
+        ("a\0b.png", "cannot be read"),
+        (Image.new("F", (2, 2), 0.5), "mode F"),
+    ],
+)
+def test_refused(source: object, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        load_image(source)  # type: ignore[arg-type]
+
+
+def test_a_text_file_named_png(tmp_path) -> None:
+    path = tmp_path / "text.png"
+    path.write_text("no image")
+    with pytest.raises(ImageError, match=r"text\.png: not an image"):
+        load_image(path)
+
+
+def test_a_folder_is_no_image(tmp_path) -> None:
+    with pytest.raises(ImageError, match="cannot be read"):
+        load_image(tmp_path)
+
+
+def test_bombs_are_refused_before_decoding() -> None:
+    bomb = png(Image.new("1", (40_000, 10_000)))
+    assert len(bomb) < 100_000
+    with pytest.raises(ImageError, match="refused"):
+        load_image(bomb)
+    with pytest.raises(ImageError, match="100x100 pixels; refused, more than 9999"):
+        load_image(png(Image.new("1", (100, 100))), max_pixels=9999)

@@ -1,0 +1,40 @@
+"""GAR in vLLM under other engine options: the tokens stay the reference's."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import garserve
+from garserve.engine import Engine
+from garserve.errors import RequestError
+from tests.requests_mix import mixed_requests, tokens
+
+pytest.importorskip("vllm", reason="vLLM is not installed (pip install garserve[cpu] or garserve[gpu])")
+pytestmark = pytest.mark.vllm
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_num_batched_tokens": 64, "max_num_seqs": 8},
+        {"enable_prefix_caching": False, "max_num_seqs": 2},
+    ],
+    ids=["chunked prefill of 64 tokens", "no prefix cache"],
+)
+def test_equal_under_other_engine_options(mini: Path, reference: Engine, picture: np.ndarray, options: dict[str, Any]) -> None:
+    requests = mixed_requests(picture)
+    with garserve.load(mini, "vllm", **options) as engine:
+        assert tokens(engine, requests) == tokens(reference, requests)
+
+
+def test_equal_with_the_engine_in_a_process_of_its_own(mini: Path, reference: Engine, picture: np.ndarray) -> None:
+    requests = [*mixed_requests(picture), *mixed_requests(picture)]
+    with garserve.load(mini, "vllm", separate_process=True) as engine:
+        assert tokens(engine, requests) == tokens(reference, requests)
+
+
+def test_unknown_engine_option(mini: Path) -> None:
+    with pytest.raises(RequestError, match="engine option 'max_modle_len' is none of vLLM's"):
+        garserve.load(mini, "vllm", max_modle_len=3)
