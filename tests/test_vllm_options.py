@@ -35,6 +35,12 @@ def test_equal_with_the_engine_in_a_process_of_its_own(mini: Path, reference: En
         assert tokens(engine, requests) == tokens(reference, requests)
 
 
+def test_equal_with_the_decoder_on_two_ranks(mini: Path, reference: Engine, picture: np.ndarray) -> None:
+    requests = mixed_requests(picture)
+    with garserve.load(mini, "vllm", separate_process=True, tensor_parallel_size=2) as engine:
+        assert tokens(engine, requests) == tokens(reference, requests)
+
+
 def test_unknown_engine_option(mini: Path) -> None:
     with pytest.raises(RequestError, match="engine option 'max_modle_len' is none of vLLM's"):
         garserve.load(mini, "vllm", max_modle_len=3)

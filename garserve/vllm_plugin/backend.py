@@ -8,7 +8,8 @@ from garserve.checkpoint import Checkpoint
 from garserve.errors import GarserveError
 from garserve.generation import OnReport, Sampling
 from garserve.inputs.processor import PreparedRequest
-from garserve.vllm_plugin.driver import EngineDriver, engine_arguments, set_environment
+from garserve.vllm_plugin.arguments import engine_arguments, quiet
+from garserve.vllm_plugin.driver import EngineDriver
 
 _process_lock = threading.Lock()
 
@@ -36,7 +37,7 @@ class VLLMBackend:
         if not separate_process:
             self._claim_process()
         try:
-            set_environment(verbose=verbose)
+            quiet(verbose=verbose)
             if max_num_tiles is not None:
                 options["mm_processor_kwargs"] = {"max_num_tiles": max_num_tiles, **options.get("mm_processor_kwargs", {})}
             arguments = engine_arguments(checkpoint.folder, checkpoint.config, options, in_process=not separate_process)

@@ -5,22 +5,18 @@ The thread that steps the engine is the one that made it (OpenMP threads are bou
 
 import atexit
 import itertools
-import logging
-import os
 import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from garserve.config import GARConfig
 from garserve.errors import GarserveError, RequestError
 from garserve.generation import OnReport, Progress, Sampling
 from garserve.inputs.processor import PreparedRequest
+from garserve.vllm_plugin.arguments import engine_environment, sampling_params
 
 if TYPE_CHECKING:
-    from vllm import SamplingParams
     from vllm.v1.engine.llm_engine import LLMEngine
 
 
@@ -28,68 +24,6 @@ if TYPE_CHECKING:
 class _Running:
     on_report: OnReport
     engine_id: str | None = None
-
-
-def engine_arguments(
-    folder: Path, config: GARConfig, options: dict[str, Any], *, in_process: bool = True
-) -> dict[str, Any]:
-    """Return the arguments of vLLM's EngineArgs: garserve's choices, and over them whatever `options` says.
-
-    Raises RequestError for an option that this vLLM does not have.
-    """
-    import dataclasses
-
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.platforms import current_platform
-
-    chosen: dict[str, Any] = {
-        "model": str(folder),
-        "dtype": config.dtype,
-        "use_tqdm_on_load": False,
-        "disable_log_stats": True,
-        "enable_prefix_caching": True,
-        "hf_overrides": {"replay_box_scale": config.replay_box_scale},
-    }
-    if in_process:
-        chosen["mm_processor_cache_gb"] = 0  # nothing is sent anywhere, so there is nothing to save
-    if current_platform.is_cpu():
-        # Compiling takes half a minute and profiling runs the tower over a full image; a CPU gains nothing from the latter.
-        chosen |= {"enforce_eager": True, "skip_mm_profiling": True}
-    known = {field.name for field in dataclasses.fields(EngineArgs)}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise RequestError(f"engine option {unknown[0]!r} is none of vLLM's (see vllm.EngineArgs)")
-    return chosen | options
-
-
-def sampling_params(sampling: Sampling) -> "SamplingParams":
-    """Return vLLM's parameters; tokens come back as ids alone, and only the authors' stop token ends an answer."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(
-        temperature=sampling.temperature,
-        seed=sampling.seed,
-        max_tokens=sampling.max_tokens,
-        stop_token_ids=[sampling.stop_id],
-        ignore_eos=True,
-        detokenize=False,
-        logprobs=-1 if sampling.first_logits else None,
-        output_kind=RequestOutputKind.DELTA if sampling.stream else RequestOutputKind.FINAL_ONLY,
-    )
-
-
-def set_environment(*, verbose: bool) -> None:
-    """Set what vLLM reads from the environment when it is imported; whatever the user has set stays."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO" if verbose else "ERROR")
-    if not verbose:
-        logging.getLogger("vllm").setLevel(logging.ERROR)  # vLLM speaks before it has read its own level
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-    # vLLM's own choice leaves a core idle for its API server, which is half of a small machine.
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if cores:
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 
 class EngineDriver:
@@ -232,16 +166,9 @@ def _make_engine(arguments: dict[str, Any], separate_process: bool) -> "LLMEngin
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    # vLLM chooses its process mode (and on a CPU its executor) by this variable, and reads it anew for each engine.
-    name = "VLLM_ENABLE_V1_MULTIPROCESSING"
-    before = os.environ.get(name)
-    os.environ[name] = "1" if separate_process else "0"
-    try:
+    ranks = arguments.get("tensor_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1)
+    with engine_environment(ranks, separate_process=separate_process):
         return LLMEngine.from_engine_args(EngineArgs(**arguments))
-    finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
 
 
 def _first_logits(logprobs: Any) -> list[float] | None:

@@ -1,0 +1,100 @@
+"""What garserve tells vLLM: engine arguments, sampling parameters, and the environment of an engine's start."""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from garserve.config import GARConfig
+from garserve.errors import RequestError
+from garserve.generation import Sampling
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+
+
+def engine_arguments(
+    folder: Path, config: GARConfig, options: dict[str, Any], *, in_process: bool = True
+) -> dict[str, Any]:
+    """Return the arguments of vLLM's EngineArgs: garserve's choices, and over them whatever `options` says.
+
+    Raises RequestError for an option that this vLLM does not have.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+
+    chosen: dict[str, Any] = {
+        "model": str(folder),
+        "dtype": config.dtype,
+        "use_tqdm_on_load": False,
+        "disable_log_stats": True,
+        "enable_prefix_caching": True,
+        "hf_overrides": {"replay_box_scale": config.replay_box_scale},
+    }
+    if in_process:
+        chosen["mm_processor_cache_gb"] = 0  # nothing is sent anywhere, so there is nothing to save
+    if current_platform.is_cpu():
+        # Compiling takes half a minute and profiling runs the tower over a full image; a CPU gains nothing from the latter.
+        chosen |= {"enforce_eager": True, "skip_mm_profiling": True}
+    known = {field.name for field in dataclasses.fields(EngineArgs)}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise RequestError(f"engine option {unknown[0]!r} is none of vLLM's (see vllm.EngineArgs)")
+    return chosen | options
+
+
+def sampling_params(sampling: Sampling) -> "SamplingParams":
+    """Return vLLM's parameters; tokens come back as ids alone, and only the authors' stop token ends an answer."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=sampling.temperature,
+        seed=sampling.seed,
+        max_tokens=sampling.max_tokens,
+        stop_token_ids=[sampling.stop_id],
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=-1 if sampling.first_logits else None,
+        output_kind=RequestOutputKind.DELTA if sampling.stream else RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def quiet(*, verbose: bool) -> None:
+    """Keep vLLM's log to errors unless asked for more. To be called before vLLM is imported."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO" if verbose else "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if not verbose:
+        logging.getLogger("vllm").setLevel(logging.ERROR)  # vLLM speaks before it has read its own level
+
+
+@contextmanager
+def engine_environment(ranks: int, *, separate_process: bool) -> Iterator[None]:
+    """Set what vLLM reads from the environment while an engine starts; whatever the user has set stays.
+
+    `ranks` is the number of workers on this machine that share its cores.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    share = max(len(cores) // ranks, 1)
+    shares = [cores[i * share % len(cores) :][:share] for i in range(ranks)]
+    wanted = {
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        # vLLM's own choice leaves a core idle for its API server, which is half of a small machine.
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, own)) for own in shares),
+    }
+    changed = {name: value for name, value in wanted.items() if name not in os.environ}
+    # By this one vLLM chooses its process mode, and on a CPU its executor; it is read anew for each engine.
+    changed["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if separate_process else "0"
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,118 @@
+"""Batch: a row for every line, errors in their places, and real masks through vLLM equal to the reference."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import garserve
+from garserve.batch.job import run_batch
+from garserve.batch.sources import read_lines
+from garserve.engine import Engine
+from tests.conftest import write_lines
+
+BOX = {"box": [1, 1, 20, 20]}
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, picture: np.ndarray) -> Path:
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    mask = np.zeros(picture.shape[:2], np.uint8)
+    mask[10:40, 20:60] = 255
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "cut.jpg").write_bytes((Path(garserve.__file__).parent / "data" / "coffee.jpg").read_bytes()[:4000])
+    return tmp_path
+
+
+def test_bad_lines_become_error_rows_and_the_others_go_on(reference: Engine, folder: Path) -> None:
+    lines: list[object] = [
+        {"id": "good", "image": "a.png", "regions": [BOX]},
+        "{not json",
+        {"image": "a.png", "regions": []},
+        {"image": "a.png", "regions": [BOX] * 6, "question": "q"},
+        {"image": "a.png", "regions": [BOX, BOX], "question": "What is <Prompt3>?"},
+        {"image": "gone.png", "regions": [BOX]},
+        {"image": "text.png", "regions": [BOX]},
+        {"image": "cut.jpg", "regions": [BOX]},
+        {"image": "a.png", "regions": [{"rle": {"size": [90, 140], "counts": "0T3"}}]},
+        {"image": "a.png", "regions": [{"box": [1, float("nan"), 3, 4]}]},
+        {"regions": [BOX]},
+        [1, 2],
+        '{"image": "a.png", "regions": [{"box": [0,0,9,9]}], "question": 7}',
+        "",
+        {"id": 5, "image": "a.png", "regions": [{"mask": "m.png"}], "question": "Is <Prompt0> <|eot_id|>?", "note": "kept out"},
+    ]
+    source = write_lines(folder / "in.jsonl", lines)
+    with source.open("ab") as file:
+        file.write(b"\xff\xfe\n")
+    totals = run_batch(reference, source, folder / "out.jsonl", max_tokens=3)
+    out = rows(folder / "out.jsonl")
+    assert [row["line"] for row in out] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 15, 16]
+    assert [row["id"] for row in out if "error" not in row] == ["good", "5"]
+    messages = {row["line"]: row["error"] for row in out if "error" in row}
+    for line, part in {
+        2: "not JSON",
+        3: "regions: expected at least one region",
+        4: "at most 5 regions at once, got 6",
+        5: "names <Prompt3>",
+        6: "gone.png: no such file",
+        7: "text.png: not an image",
+        8: "cut.jpg: broken or truncated",
+        9: r"rle: counts: expected runs of 12600",
+        10: "box: expected finite numbers",
+        11: "image: Field required",
+        12: "valid dictionary",
+        13: "question: Input should be a valid string",
+        16: "not JSON",
+    }.items():
+        assert part in messages[line], (line, messages[line])
+    assert (totals.rows, totals.errors, totals.regions) == (15, 13, 2)
+    assert not (folder / "out.jsonl.partial").exists()
+
+
+def test_an_interrupted_job_leaves_no_half_output(reference: Engine, folder: Path) -> None:
+    source = write_lines(folder / "in.jsonl", [{"image": "a.png", "regions": [BOX]}] * 3)
+
+    def stop(totals: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_batch(reference, source, folder / "out.jsonl", max_tokens=1, on_row=stop)
+    assert not (folder / "out.jsonl").exists()
+
+
+def test_choices_are_asked_as_the_authors_evaluation_asks(tmp_path: Path) -> None:
+    line = {"image": "a.png", "regions": [BOX], "question": "Colour of <Prompt0>?", "choices": ["A. Red.", "B. Blue."]}
+    (read,) = read_lines(write_lines(tmp_path / "in.jsonl", [line]), 8)
+    assert isinstance(read.request, garserve.RegionRequest)
+    assert read.request.question == (
+        "Question: Colour of <Prompt0>?\nOptions:\nA. Red.\nB. Blue.\nAnswer with the correct option's letter directly."
+    )
+
+
+@pytest.mark.vllm
+def test_real_photographs_with_real_masks(golden: Path, photos: Path, tmp_path: Path) -> None:
+    """Every line gives a row; vLLM's greedy answers are the reference's, token for token."""
+    pytest.importorskip("vllm", reason="vLLM is not installed (pip install garserve[cpu] or garserve[gpu])")
+    outputs = {}
+    for backend in ("vllm", "reference"):
+        with garserve.load(golden / "gar-tiny-random", backend, dtype="float32", max_num_tiles=6) as engine:  # type: ignore[arg-type]
+            run_batch(engine, photos / "regions.jsonl", tmp_path / backend, max_tokens=12)
+        outputs[backend] = rows(tmp_path / backend)
+    lines = [json.loads(line) for line in (photos / "regions.jsonl").read_text().splitlines()]
+    assert len(outputs["vllm"]) == len(lines) == 24
+    for ours, truth, line in zip(outputs["vllm"], outputs["reference"], lines, strict=True):
+        if len(line["regions"]) > 5:
+            assert ours["error"] == truth["error"]
+            assert f"at most 5 regions at once, got {len(line['regions'])}" in ours["error"]
+        else:
+            assert ours["text"] == truth["text"]
+            assert ours["answer_tokens"] == 12

@@ -1,0 +1,121 @@
+"""The command line: regions in every form, JSON for machines, one-line errors, the doctor."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from garserve.cli import app
+from garserve.cli_options import parse_engine_options
+from garserve.errors import GarserveError, RequestError
+from tests.conftest import PHOTO, ROOT, write_lines
+
+runner = CliRunner()
+
+
+def run(*arguments: object) -> str:
+    result = runner.invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_describe_with_every_kind_of_region(mini: Path, tmp_path: Path) -> None:
+    mask = tmp_path / "m.png"
+    image = Image.new("L", (600, 400))
+    image.paste(255, (10, 10, 60, 60))
+    image.save(mask)
+    rle = tmp_path / "r.json"
+    rle.write_text(json.dumps({"size": [400, 600], "counts": [0, 500, 239_500]}))
+    picture = tmp_path / "sub" / "out.png"
+    regions = ["--box", "10,10,90,90", "--mask", mask, "--polygon", "5,5,80,5,80,80", "--box=200,200,300,300"]
+    regions += ["--points", "300,200", "--scribble", "10,300,400,320", "--rle", rle, "--xywh", "5,5,20,30"]
+    common = ["-c", mini, "--backend", "reference", "--max-tokens", 3, "--json"]
+    found = json.loads(run("describe", PHOTO, *regions, *common, "--image-out", picture))
+    assert [row["region"] for row in found] == [f"region {i}" for i in range(8)]
+    assert all(row["answer_tokens"] == 3 for row in found)
+    with Image.open(picture) as drawn:
+        assert drawn.width > 800
+        assert drawn.height > drawn.width * 0.7
+    # The order is that of the command line, not that of the kinds of option.
+    second = json.loads(run("describe", PHOTO, "--box", "200,200,300,300", *common))
+    assert second[0]["text"] == found[3]["text"]
+
+
+def test_ask(mini: Path) -> None:
+    arguments = ["describe", PHOTO, "--box", "10,10,90,90", "--ask", "What is <Prompt0>?", "-c", mini, "--backend", "reference"]
+    assert "answer" in run(*arguments, "--max-tokens", 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--box", "1,2,3"], "box: expected 4 numbers, got 3"),
+        (["--box", "a,b,c,d"], "--box: expected numbers separated by commas"),
+        (["--points", "1,2,3"], "--points: expected pairs"),
+        (["--rle", "/nowhere.json"], "--rle /nowhere.json: No such file"),
+        (["--rle", "{"], "--rle: not JSON"),
+        (["--box", "1,2,3000,4000"], r"regions\[0\]: box: .* outside the 600x400 image"),
+        ([], "no region given"),
+    ],
+)
+def test_bad_regions(mini: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(GarserveError, match=message):
+        runner.invoke(app, ["describe", str(PHOTO), *arguments, "-c", str(mini), "--backend", "reference"], catch_exceptions=False)
+
+
+def test_batch(mini: Path, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", [{"image": str(PHOTO), "regions": [{"box": [1, 1, 50, 50]}]}, "bad"])
+    out = tmp_path / "out.jsonl"
+    printed = run("batch", "-i", source, "-o", out, "-c", mini, "--backend", "reference", "--max-tokens", 2, "--json")
+    summary = json.loads(printed)
+    assert (summary["rows"], summary["errors"]) == (2, 1)
+    assert len(out.read_text().splitlines()) == 2
+    with pytest.raises(GarserveError, match="no such folder"):
+        run("batch", "-i", source, "-o", tmp_path / "no" / "out", "-c", mini)
+
+
+def test_errors_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from garserve.cli import main; main()", "describe", str(PHOTO), "--box", "1,1,9,9"]
+    done = subprocess.run([*command, "-c", str(tmp_path)], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: checkpoint file missing")
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_help_is_quick_and_names_every_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", "from garserve.cli import main; main()", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    for name in ("describe", "batch", "doctor", "demo"):
+        assert name in done.stdout
+    assert "| torch\n" not in done.stderr
+
+
+def test_demo_draws_a_picture(tmp_path: Path) -> None:
+    printed = run("demo", "--backend", "reference", "-o", tmp_path)
+    assert "random" in printed
+    assert (tmp_path / "regions.png").stat().st_size > 50_000
+
+
+@pytest.mark.vllm
+def test_doctor() -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed (pip install garserve[cpu] or garserve[gpu])")
+    checks = {check["name"]: check for check in json.loads(run("doctor", "--json"))}
+    assert checks["vLLM sees the plugin"]["passed"] is True
+    assert checks["replay against float64 loops"]["passed"] is True
+    assert checks["garserve"]["value"] == "0.1.0"
+
+
+def test_engine_options() -> None:
+    assert parse_engine_options(["a=1", "b=x", 'c={"d": true}']) == {"a": 1, "b": "x", "c": {"d": True}}
+    with pytest.raises(RequestError, match="expected NAME=VALUE"):
+        parse_engine_options(["nothing"])
