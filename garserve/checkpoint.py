@@ -46,7 +46,9 @@ def module_name(tensor_name: str) -> str:
 
 def expected_tensors(config: GARConfig) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every tensor that a checkpoint with this config must hold."""
-    tensors = {"mask_patch_embedding.weight": (config.vision.width, 3, config.vision.patch_size, config.vision.patch_size)}
+    tensors: dict[str, tuple[int, ...]] = {
+        "mask_patch_embedding.weight": (config.vision.width, 3, config.vision.patch_size, config.vision.patch_size)
+    }
     tower = "mllm.model.vision_tower.timm_model."
     tensors |= {tower + name: shape for name, shape in _tower_tensors(config.vision).items()}
     width, hidden = config.vision.width, config.hidden_size
@@ -169,7 +171,9 @@ class Checkpoint:
 
     def module_state(self) -> "dict[str, torch.Tensor]":
         """Return all weights under the names of garserve's modules, the tied head left out."""
-        return {module_name(name): tensor for name, tensor in self.tensors() if not (self.config.tied_head and name == HEAD)}
+        return {
+            module_name(name): tensor for name, tensor in self.tensors() if not (self.config.tied_head and name == HEAD)
+        }
 
     def _account(self) -> None:
         expected = expected_tensors(self.config)

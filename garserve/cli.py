@@ -86,11 +86,19 @@ def describe(
     box: Annotated[list[str] | None, typer.Option(help="Region: a box x1,y1,x2,y2 in pixels.")] = None,
     xywh: Annotated[list[str] | None, typer.Option(help="Region: a box x,y,width,height in pixels.")] = None,
     mask: Annotated[list[str] | None, typer.Option(help="Region: a mask image of the image's size.")] = None,
-    polygon: Annotated[list[str] | None, typer.Option(help="Region: a polygon x1,y1,x2,y2,x3,y3,... in pixels.")] = None,
-    points: Annotated[list[str] | None, typer.Option(help="Region: points x1,y1[,x2,y2...], a disc around each.")] = None,
-    scribble: Annotated[list[str] | None, typer.Option(help="Region: a line x1,y1,x2,y2,..., drawn 8 pixels wide.")] = None,
+    polygon: Annotated[
+        list[str] | None, typer.Option(help="Region: a polygon x1,y1,x2,y2,x3,y3,... in pixels.")
+    ] = None,
+    points: Annotated[
+        list[str] | None, typer.Option(help="Region: points x1,y1[,x2,y2...], a disc around each.")
+    ] = None,
+    scribble: Annotated[
+        list[str] | None, typer.Option(help="Region: a line x1,y1,x2,y2,..., drawn 8 pixels wide.")
+    ] = None,
     rle: Annotated[list[str] | None, typer.Option(help="Region: a COCO RLE as JSON, or a file that holds it.")] = None,
-    ask: Annotated[str | None, typer.Option(help="A question that names the regions as <Prompt0>, <Prompt1>, ...")] = None,
+    ask: Annotated[
+        str | None, typer.Option(help="A question that names the regions as <Prompt0>, <Prompt1>, ...")
+    ] = None,
     image_out: Annotated[Path | None, typer.Option(help="Save a picture of the regions and the answers here.")] = None,
     max_tokens: MaxTokensOption = 256,
     max_num_tiles: MaxTilesOption = None,
@@ -128,7 +136,9 @@ def describe(
 
 @app.command()
 def batch(
-    input_file: Annotated[Path, typer.Option("--input", "-i", exists=True, dir_okay=False, help="Requests, one JSON object a line.")],
+    input_file: Annotated[
+        Path, typer.Option("--input", "-i", exists=True, dir_okay=False, help="Requests, one JSON object a line.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Answers, one JSON object a line, in the same order.")],
     checkpoint: CheckpointOption,
     max_tokens: MaxTokensOption = 256,
@@ -143,14 +153,27 @@ def batch(
     A line is {"image": path, "regions": [...], "question": text or left out, "id": ...}; regions are
     {"box": [x1, y1, x2, y2]}, {"rle": ...}, {"polygon": ...}, {"mask": path}, {"points": ...}, {"scribble": ...}.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     from garserve.batch.job import Totals, count_lines, run_batch
 
     if not output.parent.is_dir():
         raise GarserveError(f"--output: no such folder: {output.parent}")
     with _engine(checkpoint, backend, max_num_tiles, engine_option, verbose) as engine:
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=status_console) as progress:
             task = progress.add_task("rows", total=count_lines(input_file))
 
@@ -162,7 +185,9 @@ def batch(
     if as_json:
         typer.echo(json.dumps(summary))
     else:
-        console.print(f"{totals.rows} rows, {totals.errors} of them errors, {totals.regions} regions: {escape(str(output))}")
+        console.print(
+            f"{totals.rows} rows, {totals.errors} of them errors, {totals.regions} regions: {escape(str(output))}"
+        )
 
 
 @app.command()
@@ -187,7 +212,9 @@ def doctor(as_json: JsonOption = False) -> None:
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Option("--output", "-o", help="Where the picture and the checkpoint go.")] = Path("demo-out"),
+    folder: Annotated[Path, typer.Option("--output", "-o", help="Where the picture and the checkpoint go.")] = Path(
+        "demo-out"
+    ),
     backend: Backend = "vllm",
     verbose: VerboseOption = False,
 ) -> None:

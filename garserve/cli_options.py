@@ -11,13 +11,19 @@ from garserve.errors import RegionError, RequestError
 from garserve.inputs.regions import Region
 
 CheckpointOption = Annotated[
-    str, typer.Option("--checkpoint", "-c", envvar="GARSERVE_CHECKPOINT", help="GAR checkpoint: a folder, or a Hugging Face repo id.")
+    str,
+    typer.Option(
+        "--checkpoint", "-c", envvar="GARSERVE_CHECKPOINT", help="GAR checkpoint: a folder, or a Hugging Face repo id."
+    ),
 ]
 Backend = Annotated[Literal["vllm", "reference"], typer.Option(help="What decodes.")]
 MaxTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")]
-MaxTilesOption = Annotated[int | None, typer.Option(min=1, max=36, help="Most tiles an image is cut into [checkpoint's own].")]
+MaxTilesOption = Annotated[
+    int | None, typer.Option(min=1, max=36, help="Most tiles an image is cut into [checkpoint's own].")
+]
 EngineOption = Annotated[
-    list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the backend, such as max_model_len=8192; may be repeated.")
+    list[str] | None,
+    typer.Option(metavar="NAME=VALUE", help="An option of the backend, such as max_model_len=8192; may be repeated."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show vLLM's log.")]
@@ -29,7 +35,7 @@ _ORDER = "garserve.region_order"
 class RegionCommand(TyperCommand):
     """A command that remembers in which order region options of different kinds were given; click forgets it."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Note the order, then parse as always."""
         names = {f"--{name}": name for name in _REGION_OPTIONS}
         ctx.meta[_ORDER] = [names[arg.split("=", 1)[0]] for arg in args if arg.split("=", 1)[0] in names]
@@ -62,7 +68,9 @@ def _region(name: str, text: str) -> Region:
             raise RegionError(f"--{name}: expected pairs x,y, got {len(numbers)} numbers")
         pairs = [numbers[i : i + 2] for i in range(0, len(numbers), 2)]
         return Region.from_points(pairs) if name == "points" else Region.from_scribble(pairs)
-    return {"box": Region.from_box, "xywh": Region.from_xywh, "polygon": Region.from_polygon}[name](numbers)
+    if name == "polygon":
+        return Region.from_polygon(numbers)
+    return Region.from_box(numbers) if name == "box" else Region.from_xywh(numbers)
 
 
 def _rle(text: str) -> Any:

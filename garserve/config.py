@@ -247,7 +247,8 @@ def _vision_config(file: _File, source: str) -> VisionConfig:
     traits = ARCHITECTURES.get(name)
     if traits is None:
         raise CheckpointError(
-            f"{source}: field mllm_config.vision_config.architecture: expected one of {sorted(ARCHITECTURES)}, got {name!r}"
+            f"{source}: field mllm_config.vision_config.architecture: "
+            f"expected one of {sorted(ARCHITECTURES)}, got {name!r}"
         )
     if mllm.vision_use_cls_token != traits.class_token:
         raise CheckpointError(

@@ -15,7 +15,9 @@ QUESTION = "What is the relation of <Prompt0> to <Prompt1>?"
 _TOKENS = 24
 
 REGIONS = {
-    "coffee": Region.from_polygon([206, 130, 232, 107, 276, 96, 322, 104, 354, 128, 369, 160, 352, 181, 304, 193, 252, 188, 216, 162]),
+    "coffee": Region.from_polygon(
+        [206, 130, 232, 107, 276, 96, 322, 104, 354, 128, 369, 160, 352, 181, 304, 193, 252, 188, 216, 162]
+    ),
     "spoon": Region.from_points([[366, 283]], radius=41),
     "handle": Region.from_box([196, 228, 262, 310]),
 }

@@ -83,7 +83,9 @@ def _check_replay() -> Check:
             own = replay(tiles[[i - 1 for i in roi.window.tile_indices(grid)]], roi, side)
             truth = roi_replay_ref(cells, roi.box, side)
             worst = max(worst, float((own - truth).abs().max() / truth.abs().max().clamp(min=1e-12)))
-    return Check("replay against float64 loops", f"relative error {worst:.1e}, limit {REPLAY_LIMIT:.0e}", worst <= REPLAY_LIMIT)
+    return Check(
+        "replay against float64 loops", f"relative error {worst:.1e}, limit {REPLAY_LIMIT:.0e}", worst <= REPLAY_LIMIT
+    )
 
 
 def _check_plugin() -> Check:

@@ -1,4 +1,4 @@
-"""garserve's one face: load a checkpoint, describe regions, ask about them, one at a time or by the million (floor 5)."""
+"""garserve's one face: load a checkpoint, describe regions, ask about them, one or a million (floor 5)."""
 
 import asyncio
 import queue
@@ -137,9 +137,11 @@ class Engine:
         prepared = await asyncio.to_thread(self.processor, request)
         loop = asyncio.get_running_loop()
         reports: asyncio.Queue[Report] = asyncio.Queue()
-        cancel = self.backend.submit(
-            prepared, self._sampling(request, stream=True), lambda report: loop.call_soon_threadsafe(reports.put_nowait, report)
-        )
+
+        def report_here(report: Report) -> None:
+            loop.call_soon_threadsafe(reports.put_nowait, report)
+
+        cancel = self.backend.submit(prepared, self._sampling(request, stream=True), report_here)
         ids: list[int] = []
         sent = ""
         try:

@@ -42,7 +42,9 @@ def save_picture(
         colour = COLOURS[i % len(COLOURS)]
         axes.contour(np.pad(mask, 1)[1:-1, 1:-1], levels=[0.5], colors=[colour], linewidths=2)
         y, x = _label_place(mask)
-        axes.text(x, y, _name(i), color="white", weight="bold", ha="center", va="center", bbox={"facecolor": colour, "lw": 0})
+        axes.text(
+            x, y, _name(i), color="white", weight="bold", ha="center", va="center", bbox={"facecolor": colour, "lw": 0}
+        )
     cursor = total - shown - 0.7 * _LINE_INCHES
     for name, colour, lines in paragraphs:
         if name:

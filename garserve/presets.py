@@ -24,11 +24,23 @@ def preset(name: PresetName) -> tuple[dict[str, Any], dict[str, Any]]:
     milliseconds (tiles of 112 pixels, 16 tokens a tile).
     """
     if name == "GAR-1B":
-        vision = {"embed_dim": 1024, "depth": 23, "img_size": [448, 448], "init_values": 0.1, "ref_feat_shape": [32, 32]}
+        vision = {
+            "embed_dim": 1024,
+            "depth": 23,
+            "img_size": [448, 448],
+            "init_values": 0.1,
+            "ref_feat_shape": [32, 32],
+        }
         text = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64}
         return _files("vit_pe_core_large_patch14_336", vision, text, factor=32.0, tied=False, max_num_tiles=16)
     if name == "GAR-8B":
-        vision = {"embed_dim": 1536, "depth": 47, "img_size": [448, 448], "init_values": 0.1, "ref_feat_shape": [32, 32]}
+        vision = {
+            "embed_dim": 1536,
+            "depth": 47,
+            "img_size": [448, 448],
+            "init_values": 0.1,
+            "ref_feat_shape": [32, 32],
+        }
         text = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128}
         return _files("vit_pe_core_gigantic_patch14_448", vision, text, factor=8.0, tied=True, max_num_tiles=8)
     if name == "mini":

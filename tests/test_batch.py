@@ -48,7 +48,13 @@ def test_bad_lines_become_error_rows_and_the_others_go_on(reference: Engine, fol
         [1, 2],
         '{"image": "a.png", "regions": [{"box": [0,0,9,9]}], "question": 7}',
         "",
-        {"id": 5, "image": "a.png", "regions": [{"mask": "m.png"}], "question": "Is <Prompt0> <|eot_id|>?", "note": "kept out"},
+        {
+            "id": 5,
+            "image": "a.png",
+            "regions": [{"mask": "m.png"}],
+            "question": "Is <Prompt0> <|eot_id|>?",
+            "note": "kept out",
+        },
     ]
     source = write_lines(folder / "in.jsonl", lines)
     with source.open("ab") as file:

@@ -46,7 +46,18 @@ def test_describe_with_every_kind_of_region(mini: Path, tmp_path: Path) -> None:
 
 
 def test_ask(mini: Path) -> None:
-    arguments = ["describe", PHOTO, "--box", "10,10,90,90", "--ask", "What is <Prompt0>?", "-c", mini, "--backend", "reference"]
+    arguments = [
+        "describe",
+        PHOTO,
+        "--box",
+        "10,10,90,90",
+        "--ask",
+        "What is <Prompt0>?",
+        "-c",
+        mini,
+        "--backend",
+        "reference",
+    ]
     assert "answer" in run(*arguments, "--max-tokens", 2)
 
 
@@ -64,7 +75,9 @@ def test_ask(mini: Path) -> None:
 )
 def test_bad_regions(mini: Path, arguments: list[str], message: str) -> None:
     with pytest.raises(GarserveError, match=message):
-        runner.invoke(app, ["describe", str(PHOTO), *arguments, "-c", str(mini), "--backend", "reference"], catch_exceptions=False)
+        runner.invoke(
+            app, ["describe", str(PHOTO), *arguments, "-c", str(mini), "--backend", "reference"], catch_exceptions=False
+        )
 
 
 def test_batch(mini: Path, tmp_path: Path) -> None:
@@ -79,7 +92,15 @@ def test_batch(mini: Path, tmp_path: Path) -> None:
 
 
 def test_errors_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from garserve.cli import main; main()", "describe", str(PHOTO), "--box", "1,1,9,9"]
+    command = [
+        sys.executable,
+        "-c",
+        "from garserve.cli import main; main()",
+        "describe",
+        str(PHOTO),
+        "--box",
+        "1,1,9,9",
+    ]
     done = subprocess.run([*command, "-c", str(tmp_path)], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""

@@ -38,7 +38,9 @@ def test_embeddings_stand_at_their_placeholders(model: ReferenceGAR, processor: 
     assert torch.equal(rows[~inside], table[outside])
 
 
-def test_equal_tiles_are_computed_once(model: ReferenceGAR, processor: Processor, picture: np.ndarray, monkeypatch) -> None:
+def test_equal_tiles_are_computed_once(
+    model: ReferenceGAR, processor: Processor, picture: np.ndarray, monkeypatch
+) -> None:
     counts: list[int] = []
     original = model.encoder.features
     monkeypatch.setattr(model.encoder, "features", lambda t, m: (counts.append(len(t)), original(t, m))[1])

@@ -1,4 +1,4 @@
-"""Prompts: the authors' strings, placeholders in their places, and nothing that a user writes becomes a control token."""
+"""Prompts: the authors' strings, placeholders in their places, and no text of a user's becomes a control token."""
 
 from pathlib import Path
 
@@ -23,7 +23,9 @@ def text_of(processor: Processor, request: RegionRequest, tiles: int = 3) -> str
     """The prompt as text, runs of one placeholder folded to one."""
     config, tokenizer = processor.config, processor.tokenizer
     ids = assemble(request, tiles, tokenizer, config).token_ids
-    folded = [token for i, token in enumerate(ids) if i == 0 or token != ids[i - 1] or token not in placeholders(processor)]
+    folded = [
+        token for i, token in enumerate(ids) if i == 0 or token != ids[i - 1] or token not in placeholders(processor)
+    ]
     return tokenizer._full.decode(folded, skip_special_tokens=False)
 
 
@@ -127,7 +129,10 @@ def test_text_survives_the_tokenizer(processor: Processor) -> None:
         (RegionRequest("x", {"box": [1, 2, 3, 4]}), "regions: expected a list"),
         (RegionRequest("x", [BOX] * 6, "q"), "at most 5 regions at once, got 6"),
         (RegionRequest("x", [BOX, BOX]), "question: 2 regions need one"),
-        (RegionRequest("x", [BOX, BOX], "What is <Prompt3>?"), "names <Prompt3>, but the regions given are <Prompt0>, <Prompt1>"),
+        (
+            RegionRequest("x", [BOX, BOX], "What is <Prompt3>?"),
+            "names <Prompt3>, but the regions given are <Prompt0>, <Prompt1>",
+        ),
         (RegionRequest("x", [BOX, BOX], "What is <Prompt1>?", focus=[0]), "names <Prompt1>"),
         (RegionRequest("x", [BOX], "  "), "question: expected a text"),
         (RegionRequest("x", [BOX], "q", max_tokens=0), "max_tokens: expected at least 1"),
@@ -139,7 +144,10 @@ def test_text_survives_the_tokenizer(processor: Processor) -> None:
         (RegionRequest("x", [BOX], "q", prompt_index=1), "prompt_index: only without a question"),
         (RegionRequest("x", [BOX], "q", turns=[Turn("user", "a")]), "expected the assistant's turn"),
         (RegionRequest("x", [BOX], "q", turns=[Turn("assistant", "a")]), "the last one must be the user's"),
-        (RegionRequest("x", [BOX], "q", turns=[Turn("assistant", "a"), Turn("user", "<Prompt4>")]), r"turns\[1\]: names"),
+        (
+            RegionRequest("x", [BOX], "q", turns=[Turn("assistant", "a"), Turn("user", "<Prompt4>")]),
+            r"turns\[1\]: names",
+        ),
     ],
 )
 def test_requests_that_do_not_fit(processor: Processor, request_: RegionRequest, message: str) -> None:

@@ -44,7 +44,15 @@ def test_mask_from_array_picture_and_file(tmp_path) -> None:
     image = Image.fromarray(mask.astype(np.uint8) * 255)
     image.save(tmp_path / "m.png")
     alpha = Image.fromarray(np.dstack([np.full((H, W, 3), 9, np.uint8), mask.astype(np.uint8) * 255]))
-    for source in (mask, mask.astype(np.float32), mask[None], image, tmp_path / "m.png", str(tmp_path / "m.png"), alpha):
+    for source in (
+        mask,
+        mask.astype(np.float32),
+        mask[None],
+        image,
+        tmp_path / "m.png",
+        str(tmp_path / "m.png"),
+        alpha,
+    ):
         assert np.array_equal(Region.from_mask(source).mask(H, W), mask)
 
 
@@ -139,7 +147,10 @@ NAN = float("nan")
         (lambda: Region.from_polygon([[100, 1], [150, 5], [120, 9]]), "polygon: spans .* outside"),
         (lambda: Region.from_polygon([[1, 1], [1, 1], [1, 1]]), "polygon: covers no pixel"),
         (lambda: Region.from_rle({"size": [W, H], "counts": [0, H * W]}), r"rle: size: expected .* \[40, 60\]"),
-        (lambda: Region.from_rle({"size": [H, W], "counts": [0, 7]}), "rle: counts: expected runs of 2400 pixels in all, got 7"),
+        (
+            lambda: Region.from_rle({"size": [H, W], "counts": [0, 7]}),
+            "rle: counts: expected runs of 2400 pixels in all, got 7",
+        ),
         (lambda: Region.from_rle({"size": [H, W], "counts": "0T3"}), "rle: counts: expected runs of 2400"),
         (lambda: Region.from_rle({"size": [H, W], "counts": "\x01"}), "rle: counts: not COCO's compressed form"),
         (lambda: Region.from_rle({"size": [H, W], "counts": [2400]}), "rle: covers no pixel"),

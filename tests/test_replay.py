@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from garserve.kernels.roi_axis import axis_weights, cells_read
+from garserve.kernels.roi_replay_ref import roi_replay_ref
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from garserve.config import GARConfig, parse_config
 from garserve.inputs.roi import RoI, Window, replay_roi
-from garserve.kernels.roi_axis import axis_weights, cells_read
-from garserve.kernels.roi_replay_ref import roi_replay_ref
 from garserve.model.replay import replay
 from garserve.presets import preset
 

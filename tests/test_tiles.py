@@ -26,7 +26,13 @@ def test_grid_is_within_bounds_and_upright(width: int, height: int, tiles: int) 
 
 @pytest.mark.parametrize(
     ("size", "tiles", "grid"),
-    [((448, 448), 16, (4, 4)), ((2304, 1536), 16, (3, 2)), ((1, 1), 16, (4, 4)), ((20000, 20), 16, (16, 1)), ((9, 9), 1, (1, 1))],
+    [
+        ((448, 448), 16, (4, 4)),
+        ((2304, 1536), 16, (3, 2)),
+        ((1, 1), 16, (4, 4)),
+        ((20000, 20), 16, (16, 1)),
+        ((9, 9), 1, (1, 1)),
+    ],
 )
 def test_known_grids(size: tuple[int, int], tiles: int, grid: tuple[int, int]) -> None:
     assert choose_grid(*size, tiles, 448) == grid

@@ -17,6 +17,8 @@ pytest.importorskip("vllm", reason="vLLM is not installed (pip install garserve[
 pytestmark = pytest.mark.vllm
 
 BLOCK = 128  # tokens of a KV block on the CPU: prefix hits come in steps of it
+
+
 def test_equal_to_the_reference(vllm_engine: Engine, reference: Engine, picture: np.ndarray) -> None:
     requests = mixed_requests(picture)
     expected = tokens(reference, requests)
@@ -65,17 +67,25 @@ def watch(vllm_engine: Engine) -> Iterator[Watch]:
         yield watch
 
 
-def test_same_regions_other_question_encodes_nothing_again(vllm_engine: Engine, watch: Watch, picture: np.ndarray) -> None:
+def test_same_regions_other_question_encodes_nothing_again(
+    vllm_engine: Engine, watch: Watch, picture: np.ndarray
+) -> None:
     first = vllm_engine.ask(picture, REGIONS, "What is <Prompt0>?", max_tokens=2)
     assert (watch.images, watch.regions) == (1, 3)
     assert first.cached_tokens == 0
     again = vllm_engine.ask(picture, REGIONS, "Where is it?", max_tokens=2)
     assert (watch.images, watch.regions) == (1, 3)
-    shared = _common_prefix(vllm_engine, RegionRequest(picture, REGIONS, "What is <Prompt0>?"), RegionRequest(picture, REGIONS, "Where is it?"))
+    shared = _common_prefix(
+        vllm_engine,
+        RegionRequest(picture, REGIONS, "What is <Prompt0>?"),
+        RegionRequest(picture, REGIONS, "Where is it?"),
+    )
     assert again.cached_tokens == shared // BLOCK * BLOCK > _image_start(vllm_engine, picture)
 
 
-def test_another_region_of_the_same_set_reuses_the_image(vllm_engine: Engine, watch: Watch, picture: np.ndarray) -> None:
+def test_another_region_of_the_same_set_reuses_the_image(
+    vllm_engine: Engine, watch: Watch, picture: np.ndarray
+) -> None:
     requests = [RegionRequest(picture, REGIONS, "What is this?", focus=[k], max_tokens=2) for k in range(3)]
     answers = [next(vllm_engine.describe_many([request])) for request in requests]
     assert (watch.images, watch.regions) == (1, 3)
@@ -93,7 +103,9 @@ def test_other_mask_shares_nothing(vllm_engine: Engine, watch: Watch, picture: n
     assert other.cached_tokens <= _image_start(vllm_engine, picture)
 
 
-def test_other_picture_with_the_same_mask_shares_nothing(vllm_engine: Engine, watch: Watch, picture: np.ndarray) -> None:
+def test_other_picture_with_the_same_mask_shares_nothing(
+    vllm_engine: Engine, watch: Watch, picture: np.ndarray
+) -> None:
     vllm_engine.ask(picture, REGIONS[:1], "?", max_tokens=2)
     other = vllm_engine.ask(255 - picture, REGIONS[:1], "?", max_tokens=2)
     assert (watch.images, watch.regions) == (2, 2)
@@ -119,7 +131,7 @@ def _common_prefix(engine: Engine, one: RegionRequest, other: RegionRequest) -> 
 
 def test_a_prompt_longer_than_the_model_takes_is_an_error_not_a_crash(vllm_engine: Engine, picture: np.ndarray) -> None:
     long = RegionRequest(picture, REGIONS[:1], "word " * 12_000)
-    with pytest.raises(RequestError, match="refused by vLLM: .*longer than the maximum model length"):
+    with pytest.raises(RequestError, match=r"refused by vLLM: .*longer than the maximum model length"):
         next(vllm_engine.describe_many([long]))
     assert vllm_engine.ask(picture, REGIONS[:1], "Still there?", max_tokens=1).finish_reason == "length"
 

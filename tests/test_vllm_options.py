@@ -23,7 +23,9 @@ pytestmark = pytest.mark.vllm
     ],
     ids=["chunked prefill of 64 tokens", "no prefix cache"],
 )
-def test_equal_under_other_engine_options(mini: Path, reference: Engine, picture: np.ndarray, options: dict[str, Any]) -> None:
+def test_equal_under_other_engine_options(
+    mini: Path, reference: Engine, picture: np.ndarray, options: dict[str, Any]
+) -> None:
     requests = mixed_requests(picture)
     with garserve.load(mini, "vllm", **options) as engine:
         assert tokens(engine, requests) == tokens(reference, requests)

@@ -37,7 +37,7 @@ def resolve(requirements: list[str], *, plain: bool = False) -> list[dict]:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
         command += ["--report", str(report), *(["--no-deps"] if plain else []), *requirements]
-        subprocess.run(command, check=True, env=environment, cwd=ROOT)
+        subprocess.run(command, check=True, env=environment, cwd=ROOT)  # noqa: S603
         return json.loads(report.read_text())["install"]
 
 

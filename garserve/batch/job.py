@@ -70,8 +70,8 @@ def _row(line: Line, outcome: Answer | GarserveError, totals: Totals) -> dict[st
     if isinstance(outcome, GarserveError):
         totals.errors += 1
         return {"id": line.id, "line": line.number, "error": str(outcome)}
-    assert isinstance(line.request, RegionRequest)
-    totals.regions += len(line.request.regions)
+    if isinstance(line.request, RegionRequest):
+        totals.regions += len(line.request.regions)
     totals.prompt_tokens += outcome.prompt_tokens
     totals.cached_tokens += outcome.cached_tokens
     totals.answer_tokens += len(outcome.token_ids)

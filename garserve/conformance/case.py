@@ -36,7 +36,8 @@ class Finding:
 
     def __str__(self) -> str:
         verdict = "ok  " if self.passed else "FAIL"
-        return f"{verdict} {self.case:<36} {self.check:<28} error {self.error:<9.3g} limit {self.limit:<7.3g} {self.note}".rstrip()
+        figures = f"error {self.error:<9.3g} limit {self.limit:<7.3g}"
+        return f"{verdict} {self.case:<36} {self.check:<28} {figures} {self.note}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ class Case:
     @classmethod
     def read(cls, path: Path) -> "Case":
         """Read `<name>.json` and `<name>.safetensors`."""
-        return cls(path.parent, json.loads(path.read_text(encoding="utf-8")), load_file(path.with_suffix(".safetensors")))
+        return cls(
+            path.parent, json.loads(path.read_text(encoding="utf-8")), load_file(path.with_suffix(".safetensors"))
+        )
 
     @property
     def name(self) -> str:

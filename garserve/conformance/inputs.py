@@ -36,7 +36,8 @@ def check_inputs(case: Case, processor: Processor, prepared: PreparedRequest) ->
         hashlib.sha256(tile.numpy().tobytes()).hexdigest() == digest
         for tile, digest in zip(item.tiles, data["tile_sha256_u8"], strict=False)
     )
-    note = f"{count_different(ours, golden):g} of {golden.numel()} sampled differ; {equal} of {len(item.tiles)} tiles bitwise equal"
+    note = f"{count_different(ours, golden):g} of {golden.numel()} sampled differ; "
+    note += f"{equal} of {len(item.tiles)} tiles bitwise equal"
     yield finding("pixels (grey levels)", largest_difference(ours, golden), PIXEL_LIMIT, note)
 
     packed = arrays["mask_tiles_packed"]

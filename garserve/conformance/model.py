@@ -7,7 +7,7 @@ import torch
 from garserve.config import BoxScale
 from garserve.conformance.case import SCALES, Case, Finding, count_different, largest_difference, relative_error
 from garserve.engine import Engine
-from garserve.generation import Progress, Report, Sampling
+from garserve.generation import Report, Sampling
 from garserve.inputs.processor import PreparedRequest
 from garserve.model.reference import ReferenceGAR
 
@@ -81,5 +81,4 @@ def _decode(engine: Engine, prepared: PreparedRequest, count: int) -> tuple[list
     report = reports.get()
     if isinstance(report, Exception):
         raise report
-    assert isinstance(report, Progress)
     return report.new_token_ids, torch.tensor(report.first_logits or [])

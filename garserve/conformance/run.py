@@ -61,7 +61,9 @@ def check_case(case: Case, engine: Engine) -> Iterator[Finding]:
 
 
 def command(
-    folder: Annotated[Path, typer.Argument(help="Folder of golden cases (*.json with *.safetensors), checkpoints and unit/.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of golden cases (*.json with *.safetensors), checkpoints and unit/.")
+    ],
     backend: Annotated[str, typer.Option(help="What decodes: reference or vllm.")] = "reference",
     case: Annotated[list[str] | None, typer.Option(help="Only this case; may be given several times.")] = None,
 ) -> None:

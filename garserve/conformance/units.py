@@ -59,7 +59,9 @@ def _resize(path: Path) -> Iterator[Finding]:
         yield Finding("unit", f"bicubic {key}", largest_difference(ours, golden), PIXEL_LIMIT, note)
     for key in sorted(name for name in arrays if name.startswith("ids_")):
         golden = arrays[key.replace("ids", "nearest")]
-        yield Finding("unit", f"nearest {key}", count_different(resize_nearest(arrays[key], *golden.shape), golden), 0.0)
+        yield Finding(
+            "unit", f"nearest {key}", count_different(resize_nearest(arrays[key], *golden.shape), golden), 0.0
+        )
 
 
 def _roi_align(path: Path) -> Iterator[Finding]:
@@ -81,7 +83,9 @@ def _roi_align(path: Path) -> Iterator[Finding]:
             rois = [replay_roi(box, grid, config.with_box_scale(scale)) for box in boxes]
             rows = [replay(tiles[[i - 1 for i in roi.window.tile_indices(grid)]], roi, side) for roi in rois]
             ours = torch.stack(rows).transpose(1, 2).reshape(len(boxes), channels, side, side)
-            yield Finding("unit", f"{scale} {key}", relative_error(ours, arrays[f"{scale}_{number}"]), FEATURE_LIMIT, "relative")
+            yield Finding(
+                "unit", f"{scale} {key}", relative_error(ours, arrays[f"{scale}_{number}"]), FEATURE_LIMIT, "relative"
+            )
 
 
 def _tokenizer(path: Path, tokenizer: GARTokenizer, name: str) -> Iterator[Finding]:
@@ -116,7 +120,9 @@ def _render(messages: list[dict[str, Any]], tokenizer: GARTokenizer, reply: bool
     turns: list[tuple[str, list[str | int]]] = []
     for message in messages:
         kinds = [part["type"] for part in message["content"]]
-        content: list[str | int] = [tokenizer.special(f"<|{kind}|>") for kind in ("image", "video") for _ in range(kinds.count(kind))]
+        content: list[str | int] = [
+            tokenizer.special(f"<|{kind}|>") for kind in ("image", "video") for _ in range(kinds.count(kind))
+        ]
         content += [part["text"].strip() for part in message["content"] if part["type"] == "text"]
         turns.append((message["role"], content))
     return chat_parts(system, turns, tokenizer, reply=reply)

@@ -6,7 +6,7 @@ import io
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,14 +43,16 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> NDArray[
         except Image.DecompressionBombError:
             raise ImageError(f"{name}: more than {max_pixels} pixels; refused before decoding") from None
         except UnidentifiedImageError:
-            raise ImageError(f"{name}: not an image (expected PNG, JPEG, WebP or another format that Pillow reads)") from None
+            raise ImageError(
+                f"{name}: not an image (expected PNG, JPEG, WebP or another format that Pillow reads)"
+            ) from None
         except (OSError, SyntaxError, ValueError, EOFError) as error:
             if isinstance(error, ImageError):
                 raise
             raise ImageError(f"{name}: broken or truncated image ({error})") from None
 
 
-def _open_bytes(source: str | os.PathLike[str] | bytes) -> tuple[io.IOBase, str]:
+def _open_bytes(source: str | os.PathLike[str] | bytes) -> tuple[BinaryIO, str]:
     if isinstance(source, bytes):
         if not source:
             raise ImageError("image bytes: empty")
@@ -70,7 +72,9 @@ def _open_bytes(source: str | os.PathLike[str] | bytes) -> tuple[io.IOBase, str]
         except FileNotFoundError:
             raise ImageError(f"{path}: no such file") from None
         except (OSError, ValueError) as error:
-            raise ImageError(f"{str(path)[:200]}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+            raise ImageError(
+                f"{str(path)[:200]}: cannot be read ({getattr(error, 'strerror', None) or error})"
+            ) from None
     raise ImageError(f"image: expected a path, bytes, data URL, PIL image or array, got {type(source).__name__}")
 
 

@@ -17,9 +17,9 @@ from garserve.errors import InputError, RequestError
 from garserve.inputs.images import load_image
 from garserve.inputs.prompts import Span, assemble
 from garserve.inputs.regions import Region, normalised_box
-from garserve.inputs.shapes import Box, Mask
 from garserve.inputs.request import RegionRequest
 from garserve.inputs.roi import RoI, replay_roi
+from garserve.inputs.shapes import Box, Mask
 from garserve.inputs.tiles import TiledImage, pack_mask, tile_image, tile_mask
 from garserve.inputs.tokenizer import GARTokenizer
 

@@ -30,7 +30,9 @@ class Region:
         """
         mask = self.shape.draw(height, width)
         if not mask.any():
-            raise RegionError(f"{self.shape.kind}: covers no pixel of the {width}x{height} image; expected at least one")
+            raise RegionError(
+                f"{self.shape.kind}: covers no pixel of the {width}x{height} image; expected at least one"
+            )
         return mask
 
     @staticmethod
@@ -92,7 +94,7 @@ class Region:
         if isinstance(data, dict):
             return _from_fields(data)
         if isinstance(data, list | tuple | np.ndarray) and len(data) == 4 and all(np.isscalar(v) for v in data):
-            return Region.from_box(data)
+            return Region.from_box(list(data))
         raise RegionError(
             'region: expected {"box": [x1, y1, x2, y2]}, {"polygon": ...}, {"rle": ...}, {"mask": ...}, '
             f'{{"points": ...}} or {{"scribble": ...}}, got {data!r:.80}'
@@ -115,7 +117,9 @@ def _from_fields(data: dict[str, Any]) -> Region:
         return Region.from_rle(data)
     kinds = [key for key in data if key in _FIELDS]
     if len(kinds) != 1:
-        raise RegionError(f"region: expected exactly one of {', '.join(_FIELDS)}, got the fields {sorted(map(str, data))}")
+        raise RegionError(
+            f"region: expected exactly one of {', '.join(_FIELDS)}, got the fields {sorted(map(str, data))}"
+        )
     kind = kinds[0]
     make, options = _FIELDS[kind]
     unknown = sorted(str(key) for key in set(data) - options - {kind})
@@ -123,14 +127,18 @@ def _from_fields(data: dict[str, Any]) -> Region:
         raise RegionError(f"region: {kind} has no field {unknown[0]!r}; it takes {sorted(options) or 'no options'}")
     given = {key: data[key] for key in options & set(data)}
     for key, value in given.items():
-        good = isinstance(value, bool) if key == "clip" else isinstance(value, int | float) and not isinstance(value, bool)
+        good = (
+            isinstance(value, bool) if key == "clip" else isinstance(value, int | float) and not isinstance(value, bool)
+        )
         if not good:
-            raise RegionError(f"{kind}: {key}: expected {'true or false' if key == 'clip' else 'a number'}, got {value!r:.80}")
+            raise RegionError(
+                f"{kind}: {key}: expected {'true or false' if key == 'clip' else 'a number'}, got {value!r:.80}"
+            )
     return make(data[kind], **given)
 
 
 def normalised_box(mask: Mask) -> Box:
-    """Return x_min/W, y_min/H, x_max/W, y_max/H of a mask [H, W], with inclusive pixel indices as the authors take them."""
+    """Return x_min/W, y_min/H, x_max/W, y_max/H of a mask [H, W], by inclusive pixel indices as the authors do."""
     height, width = mask.shape
     columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
     return (

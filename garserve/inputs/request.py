@@ -72,12 +72,14 @@ class RegionRequest:
         self._check_names()
 
     def listed(self) -> list[int]:
-        """Return the numbers K of the `<PromptK>` that the prompt lists, each with its region's position in `regions`."""
+        """Return the positions in `regions` that the prompt lists; they are also the numbers K of their `<PromptK>`."""
         return list(self.focus) if self.focus is not None else list(range(len(self.regions)))
 
     def _check_single(self, count: int, prompt_count: int) -> None:
         if count != 1:
-            raise RequestError(f"question: {count} regions need one (such as 'How does <Prompt0> relate to <Prompt1>?')")
+            raise RequestError(
+                f"question: {count} regions need one (such as 'How does <Prompt0> relate to <Prompt1>?')"
+            )
         if self.focus is not None:
             raise RequestError("focus: only with a question; without one there is a single region")
         if self.prompt_index is not None and not 0 <= self.prompt_index < prompt_count:

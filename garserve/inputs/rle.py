@@ -21,7 +21,9 @@ def decode_rle(rle: Any, height: int, width: int) -> NDArray[np.bool_]:
     except (TypeError, ValueError):
         size = []
     if size != [height, width]:
-        raise RegionError(f"rle: size: expected the image's [height, width] [{height}, {width}], got {rle['size']!r:.80}")
+        raise RegionError(
+            f"rle: size: expected the image's [height, width] [{height}, {width}], got {rle['size']!r:.80}"
+        )
     counts = rle["counts"]
     runs = _runs_of_text(counts) if isinstance(counts, str | bytes) else _runs_of_list(counts)
     if sum(runs) != height * width:

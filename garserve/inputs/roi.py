@@ -25,7 +25,9 @@ class Window:
     def tile_indices(self, grid: Grid) -> list[int]:
         """Return the tiles' positions in an image's tile list, in which the thumbnail is number 0."""
         across = grid[0]
-        return [1 + row * across + column for row in range(self.top, self.bottom) for column in range(self.left, self.right)]
+        return [
+            1 + row * across + column for row in range(self.top, self.bottom) for column in range(self.left, self.right)
+        ]
 
 
 @dataclass(frozen=True)

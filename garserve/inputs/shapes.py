@@ -63,7 +63,9 @@ class MaskShape:
         if array.ndim == 3 and 1 in (array.shape[0], array.shape[2]):
             array = array.squeeze(0 if array.shape[0] == 1 else 2)
         if array.ndim != 2 or array.dtype.kind not in "biuf":
-            raise RegionError(f"{self.kind}: expected numbers or booleans of shape [H, W], got {array.dtype} {list(array.shape)}")
+            raise RegionError(
+                f"{self.kind}: expected numbers or booleans of shape [H, W], got {array.dtype} {list(array.shape)}"
+            )
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise RegionError(f"{self.kind}: holds NaN or infinite values")
         return array != 0
@@ -73,10 +75,10 @@ def _mask_of_image(image: Image.Image) -> Mask:
     if image.mode in ("RGBA", "LA"):
         alpha = np.asarray(image.getchannel("A"))
         if not (alpha == 255).all():
-            return alpha != 0
+            return np.asarray(alpha != 0)
         image = image.convert("RGB")
-    array = np.asarray(image)
-    return array.any(axis=2) if array.ndim == 3 else array != 0
+    array = np.asarray(image) != 0
+    return array.any(axis=2) if array.ndim == 3 else array
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,9 @@ class GARTokenizer:
             self._special = {str(token["content"]): int(token["id"]) for token in data["added_tokens"]}
         except Exception as error:  # the library raises bare Exceptions
             raise CheckpointError(f"{path}: not a tokenizer ({error})") from None
-        self.prompt_names = [name for name in map("<Prompt{}>".format, range(config.prompt_count)) if name in self._special]
+        self.prompt_names = [
+            name for name in map("<Prompt{}>".format, range(config.prompt_count)) if name in self._special
+        ]
         if len(self.prompt_names) != config.prompt_count:
             raise CheckpointError(f"{path}: expected the tokens <Prompt0> .. <Prompt{config.prompt_count - 1}>")
 

@@ -1,1 +1,1 @@
-"""The model itself in PyTorch: vision tower, replay, encoder, and the reference that everything else is held against (floor 3)."""
+"""The model in PyTorch: vision tower, replay, encoder, and the reference that all else is held against (floor 3)."""

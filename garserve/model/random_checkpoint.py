@@ -23,7 +23,7 @@ _WORDS = (
     "is black, white, grey, red, orange, yellow, green, blue, purple, pink, brown. A cup of coffee stands on a wooden "
     "table beside a spoon and a saucer; a cat, a dog, a person, a tree, a house and a car are seen in the picture."
 )
-# Sharp attention and strong values in the decoder: what it says depends on picture and prompt, not on the last word alone.
+# Sharp attention and strong values in the decoder: what it says depends on the picture, not on the last word alone.
 _GAINS = {"q_proj.weight": 2.5, "k_proj.weight": 2.5, "v_proj.weight": 2.0, "o_proj.weight": 2.0}
 CHAT_TEMPLATE = """\
 {%- set ns = namespace(system='You are a helpful language and vision assistant. You are able to understand the visual \
@@ -82,7 +82,12 @@ def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> to
 def special_tokens() -> list[str]:
     """Return the 262 special tokens in the order of their ids: Perception-LM's list, then GAR's names of regions."""
     named = ["<|begin_of_text|>", "<|end_of_text|>", "<|image|>", "<|video|>"]
-    named += ["<|reserved_special_token_2|>", "<|reserved_special_token_3|>", "<|start_header_id|>", "<|end_header_id|>"]
+    named += [
+        "<|reserved_special_token_2|>",
+        "<|reserved_special_token_3|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+    ]
     named += ["<|reserved_special_token_4|>", "<|eot_id|>"]
     named += [f"<|reserved_special_token_{number}|>" for number in range(5, 5 + 256 - len(named))]
     return [*named, *(f"<Prompt{number}>" for number in range(5)), "<NO_Prompt>"]
@@ -96,7 +101,10 @@ def _write_tokenizer(folder: Path, base: int) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=min(base, 512), min_frequency=1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=min(base, 512),
+        min_frequency=1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([_WORDS], trainer)
     missing = base - tokenizer.get_vocab_size()

@@ -13,7 +13,9 @@ def replay(tiles: torch.Tensor, roi: RoI, tokens_per_side: int) -> torch.Tensor:
     """
     side, window = tokens_per_side, roi.window
     rows, columns = window.bottom - window.top, window.right - window.left
-    cells = tiles.float().reshape(rows, columns, side, side, -1).transpose(1, 2).reshape(rows * side, columns * side, -1)
+    cells = (
+        tiles.float().reshape(rows, columns, side, side, -1).transpose(1, 2).reshape(rows * side, columns * side, -1)
+    )
     x1, y1, x2, y2 = roi.box
     across = axis_weights(x1, x2, roi.grid[0] * side, side)[:, window.left * side : window.right * side]
     down = axis_weights(y1, y2, roi.grid[1] * side, side)[:, window.top * side : window.bottom * side]

@@ -61,7 +61,9 @@ def rope_tables(config: VisionConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """
     quarter = config.width // config.heads // 4
     frequencies = _ROPE_BASE ** -(torch.arange(quarter, dtype=torch.float32) / quarter)
-    places = (torch.arange(config.grid, dtype=torch.float32) + config.rope_offset) / config.grid * config.rope_reference_grid
+    places = (
+        (torch.arange(config.grid, dtype=torch.float32) + config.rope_offset) / config.grid * config.rope_reference_grid
+    )
     angles = places[:, None] * frequencies  # [grid, quarter]
     grid = config.grid
     x = angles[None, :, :].expand(grid, grid, quarter)

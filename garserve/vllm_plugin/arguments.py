@@ -37,7 +37,7 @@ def engine_arguments(
     if in_process:
         chosen["mm_processor_cache_gb"] = 0  # nothing is sent anywhere, so there is nothing to save
     if current_platform.is_cpu():
-        # Compiling takes half a minute and profiling runs the tower over a full image; a CPU gains nothing from the latter.
+        # Compiling takes half a minute; profiling runs the tower over a full image, of which a CPU has no use.
         chosen |= {"enforce_eager": True, "skip_mm_profiling": True}
     known = {field.name for field in dataclasses.fields(EngineArgs)}
     unknown = sorted(set(options) - known)

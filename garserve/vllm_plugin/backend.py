@@ -39,7 +39,10 @@ class VLLMBackend:
         try:
             quiet(verbose=verbose)
             if max_num_tiles is not None:
-                options["mm_processor_kwargs"] = {"max_num_tiles": max_num_tiles, **options.get("mm_processor_kwargs", {})}
+                options["mm_processor_kwargs"] = {
+                    "max_num_tiles": max_num_tiles,
+                    **options.get("mm_processor_kwargs", {}),
+                }
             arguments = engine_arguments(checkpoint.folder, checkpoint.config, options, in_process=not separate_process)
             self.driver = EngineDriver(arguments, separate_process=separate_process)
         except BaseException:

@@ -44,7 +44,7 @@ from garserve.inputs.regions import Region, normalised_box
 from garserve.inputs.roi import RoI, Window
 
 MODALITY = "image"
-IMAGE_TOKEN = "<|image|>"
+IMAGE_TOKEN = "<|image|>"  # noqa: S105  (a token of the prompt, not a secret)
 
 
 def engine_input(prepared: PreparedRequest) -> MultiModalInput:
@@ -66,7 +66,7 @@ def share_with_engine(cache: BaseMultiModalProcessorCache, result: MultiModalInp
         cache.touch_sender_cache_item(item_hash)
     try:
         for index, item_hash in enumerate(hashes):
-            new = None if known[index] else (items[index], [])
+            new: tuple[Any, list[Any]] | None = None if known[index] else (items[index], [])
             items[index], _ = cache.get_and_update_item(new, item_hash)
     finally:
         cache.release_sender_touches()
@@ -205,7 +205,9 @@ class GARMultiModalProcessor(BaseMultiModalProcessor[GARProcessingInfo]):
             raise RequestError(f"image: a GAR request has one image, got {count}")
         picture = data[0]
         if picture is None:
-            raise RequestError("image: given by uuid only; garserve needs the picture, the same one may have other regions")
+            raise RequestError(
+                "image: given by uuid only; garserve needs the picture, the same one may have other regions"
+            )
         image = load_image(picture if isinstance(picture, Image.Image) else np.asarray(picture))
         regions = [Region.parse(region) for region in options.regions]
         token_ids, listed = self._prompt(processor, list(inputs.prompt), len(regions), options.form)

@@ -1,4 +1,4 @@
-"""Entry point `vllm.general_plugins`: tells vLLM in each of its processes where GAR's classes are. Cheap, idempotent."""
+"""Entry point `vllm.general_plugins`: tells each of vLLM's processes where GAR's classes are. Cheap, idempotent."""
 
 ARCHITECTURE = "GARModel"
 MODEL_CLASS = "garserve.vllm_plugin.model:GARForRegions"
