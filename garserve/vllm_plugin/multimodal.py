@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import BatchFeature
 from vllm.inputs import MultiModalDataDict
 from vllm.inputs.engine import MultiModalInput, mm_input
@@ -123,7 +123,7 @@ class PlainOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
     regions: list[Any]
     form: Literal["multi", "single"] = "multi"
-    max_num_tiles: int | None = None
+    max_num_tiles: int | None = Field(default=None, ge=1, le=36)
 
 
 class GARProcessingInfo(BaseProcessingInfo):
