@@ -1,6 +1,7 @@
 """The command line (floor 7): parses arguments, shows results. Everything that computes lives below."""
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -247,6 +248,7 @@ def main() -> None:
         warnings.simplefilter("ignore")
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # looks for a CUDA toolkit, and tells
     try:
         app()
     except GarserveError as error:

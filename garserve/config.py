@@ -290,4 +290,14 @@ def read_config(folder: Path) -> GARConfig:
     if not folder.is_dir():
         raise CheckpointError(f"checkpoint folder not found: {folder}")
     path = folder / "config.json"
-    return parse_config(read_json(path), read_json(folder / "preprocessor_config.json"), str(path))
+    return parse_config(read_json(path), _read_preprocessor(folder), str(path))
+
+
+def _read_preprocessor(folder: Path) -> Any:
+    """Newer versions of transformers save the image processor's settings inside `processor_config.json`."""
+    whole = folder / "processor_config.json"
+    if not (folder / "preprocessor_config.json").is_file() and whole.is_file():
+        inner = read_json(whole)
+        if isinstance(inner, dict) and isinstance(inner.get("image_processor"), dict):
+            return inner["image_processor"]
+    return read_json(folder / "preprocessor_config.json")

@@ -48,6 +48,8 @@ def test_bad_lines_become_error_rows_and_the_others_go_on(reference: Engine, fol
         [1, 2],
         '{"image": "a.png", "regions": [{"box": [0,0,9,9]}], "question": 7}',
         "",
+        {"image": "a.png", "regions": [BOX], "max_tokens": 0},
+        {"image": "a.png", "regions": [BOX], "choices": ["A. Red."]},
         {
             "id": 5,
             "image": "a.png",
@@ -61,7 +63,7 @@ def test_bad_lines_become_error_rows_and_the_others_go_on(reference: Engine, fol
         file.write(b"\xff\xfe\n")
     totals = run_batch(reference, source, folder / "out.jsonl", max_tokens=3)
     out = rows(folder / "out.jsonl")
-    assert [row["line"] for row in out] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 15, 16]
+    assert [row["line"] for row in out] == [*range(1, 14), *range(15, 19)]
     assert [row["id"] for row in out if "error" not in row] == ["good", "5"]
     messages = {row["line"]: row["error"] for row in out if "error" in row}
     for line, part in {
@@ -77,10 +79,12 @@ def test_bad_lines_become_error_rows_and_the_others_go_on(reference: Engine, fol
         11: "image: Field required",
         12: "valid dictionary",
         13: "question: Input should be a valid string",
-        16: "not JSON",
+        15: "max_tokens: expected at least 1, got 0",
+        16: "choices: only with a question",
+        18: "not JSON",
     }.items():
         assert part in messages[line], (line, messages[line])
-    assert (totals.rows, totals.errors, totals.regions) == (15, 13, 2)
+    assert (totals.rows, totals.errors, totals.regions) == (17, 15, 2)
     assert not (folder / "out.jsonl.partial").exists()
 
 

@@ -149,6 +149,13 @@ def test_configs_of_other_models(mini_copy: Path, change: Callable[[dict], objec
         Checkpoint.open(mini_copy)
 
 
+def test_preprocessor_inside_the_processors_config(mini: Path, mini_copy: Path) -> None:
+    inner = json.loads((mini_copy / "preprocessor_config.json").read_text())
+    (mini_copy / "preprocessor_config.json").unlink()
+    (mini_copy / "processor_config.json").write_text(json.dumps({"image_processor": inner}))
+    assert Checkpoint.open(mini_copy).config == Checkpoint.open(mini).config
+
+
 def test_default_box_scale_is_the_released_one() -> None:
     assert parse_config(*preset("GAR-1B")).replay_box_scale == "released"
 

@@ -108,6 +108,19 @@ def test_tool_sees_a_falsified_description(one_case: Path) -> None:
     assert "FAIL" in output
 
 
+def test_tool_goes_on_after_a_case_that_cannot_run(one_case: Path) -> None:
+    path = next(one_case.glob("s*.json"))
+    data = json.loads(path.read_text())
+    for name, change in (("s00", {"image": {**data["image"], "file": "images/gone.png"}}), ("s99", {})):
+        (one_case / f"{name}.json").write_text(json.dumps({**data, "name": name, **change}))
+        shutil.copy(path.with_suffix(".safetensors"), one_case / f"{name}.safetensors")
+    code, output = conformance(one_case)
+    assert code == 1
+    assert [line.split()[1] for line in output.splitlines() if line.startswith("FAIL")] == ["s00"]
+    assert "ImageError" in output
+    assert "ok   s99" in output
+
+
 def test_tool_with_nothing_to_check(tmp_path: Path) -> None:
     code, output = conformance(tmp_path)
     assert code == 2

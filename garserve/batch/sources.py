@@ -39,7 +39,7 @@ class RequestLine(BaseModel):
             regions=[Region.parse(_located(region, folder)) for region in self.regions],
             question=self._asked(),
             system=self.system,
-            max_tokens=self.max_tokens or max_tokens,
+            max_tokens=max_tokens if self.max_tokens is None else self.max_tokens,
             focus=self.focus,
             prompt_index=self.prompt_index,
         )
@@ -47,6 +47,8 @@ class RequestLine(BaseModel):
     def _asked(self) -> str | None:
         if not self.choices:
             return self.question
+        if self.question is None:
+            raise RequestError("choices: only with a question")
         options = "".join(f"\n{choice}" for choice in self.choices)
         return f"Question: {self.question}\nOptions:{options}\nAnswer with the correct option's letter directly."
 

@@ -34,7 +34,10 @@ def findings(folder: Path, backend: BackendName, only: list[str]) -> Iterator[Fi
         own = [case for case in cases if case.data["checkpoint"] == name]
         with start_engine(folder / name, own, backend) as engine:
             for case in own:
-                yield from check_case(case, engine)
+                try:
+                    yield from check_case(case, engine)
+                except Exception as error:  # a case that cannot be run has failed; the others go on
+                    yield Finding(case.name, "runs", float("inf"), 0.0, f"{type(error).__name__}: {error}")
 
 
 def start_engine(checkpoint: Path, cases: list[Case], backend: BackendName) -> Engine:
