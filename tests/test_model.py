@@ -115,8 +115,13 @@ class TestHashes:
         assert ab[0] == ba[0]
         assert ab[1:] == ba[:0:-1]
 
-    def test_other_masks_change_it(self, hashes) -> None:
-        assert len({*hashes(A), *hashes(B), *hashes(A, B)}) == 7
+    def test_other_masks_change_the_image(self, hashes) -> None:
+        assert len({hashes(A)[0], hashes(B)[0], hashes(A, B)[0]}) == 3
+
+    def test_a_region_depends_on_the_masks_in_its_own_tiles_only(self, hashes) -> None:
+        near, far = {"box": [30, 30, 70, 70]}, {"box": [120, 70, 139, 89]}
+        assert hashes(A, near)[1] != hashes(A)[1]
+        assert hashes(A, far)[1] == hashes(A)[1]
 
     def test_other_pixels_change_it(self, hashes, picture: np.ndarray) -> None:
         changed = picture.copy()
