@@ -34,6 +34,7 @@ def ask(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", str(mini)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "gar", "--enforce-eager"]
+    command += ["--dtype", "float32"]  # by itself vLLM halves float32
     command += ["--trust-request-mm-kwargs", "--chat-template-content-format", "openai", "--skip-mm-profiling"]
     log = tmp_path_factory.mktemp("server") / "log"
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -41,9 +42,12 @@ def ask(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
         server = subprocess.Popen(command, stdout=out, stderr=out, env=environment, cwd="/")
     base = f"http://127.0.0.1:{port}"
 
-    def send(text: str = QUESTION, **fields: Any) -> tuple[int, Any]:
+    def send(text: str = QUESTION, *, uuid: str | None = None, images: int = 1, **fields: Any) -> tuple[int, Any]:
         url = "data:image/jpeg;base64," + base64.b64encode(PHOTO.read_bytes()).decode()
-        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
+        image: dict[str, Any] = {"type": "image_url", "image_url": {"url": url}}
+        if uuid is not None:
+            image["uuid"] = uuid
+        content = [image] * images + [{"type": "text", "text": text}]
         body = {"model": "gar", "max_tokens": 8, "temperature": 0, "return_token_ids": True, **fields}
         body["messages"] = [{"role": "user", "content": content}]
         request = urllib.request.Request(
@@ -91,6 +95,21 @@ def test_single_region_form_equals_the_reference(ask: Ask, reference: Engine) ->
     )
     assert status == 200, answer
     assert answer["choices"][0]["token_ids"] == expected.token_ids
+
+
+def test_a_clients_name_for_an_image_does_not_mix_up_regions(ask: Ask, reference: Engine) -> None:
+    """The same uuid with other regions is another item: plain vLLM would take the first one's embeddings."""
+    for regions in (REGIONS, [REGIONS[0], {"box": [300, 300, 500, 390]}]):
+        expected = reference.ask(PHOTO, regions, QUESTION, max_tokens=8)
+        status, answer = ask(uuid="same", mm_processor_kwargs={"regions": regions})
+        assert status == 200, answer
+        assert answer["choices"][0]["token_ids"] == expected.token_ids
+
+
+def test_two_images_are_refused(ask: Ask) -> None:
+    status, answer = ask(images=2, mm_processor_kwargs={"regions": REGIONS})
+    assert status == 400
+    assert "one image, got 2" in answer["error"]["message"]
 
 
 @pytest.mark.parametrize(

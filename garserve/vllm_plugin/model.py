@@ -18,6 +18,7 @@ from garserve.vllm_plugin.multimodal import (
     GARDummyInputs,
     GARMultiModalProcessor,
     GARProcessingInfo,
+    engine_max_num_tiles,
     items_from_kwargs,
 )
 
@@ -42,7 +43,9 @@ class GARForRegions(nn.Module, SupportsMultiModal, SupportsPP):
             mm_token_ids=[self.gar_config.image_token_id, *self.gar_config.crop_token_ids],
         )
         with self._mark_tower_model(vllm_config, "image"):
-            self.encoder = RegionEncoder(self.gar_config)
+            # One pass through the tower is never larger than the image that vLLM profiles its memory with.
+            most = engine_max_num_tiles(vllm_config.model_config) or self.gar_config.max_num_tiles
+            self.encoder = RegionEncoder(self.gar_config, tiles_at_once=1 + most)
         with self._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config,

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import BatchFeature
+from vllm.config import ModelConfig
 from vllm.inputs import MultiModalDataDict
 from vllm.inputs.engine import MultiModalInput, mm_input
 from vllm.multimodal.cache import BaseMultiModalProcessorCache
@@ -126,16 +127,22 @@ class PlainOptions(BaseModel):
     max_num_tiles: int | None = Field(default=None, ge=1, le=36)
 
 
+def engine_max_num_tiles(model_config: ModelConfig) -> int | None:
+    """Return the `max_num_tiles` that the engine was started with; None where it is the checkpoint's own."""
+    mm_config = model_config.multimodal_config
+    return ((mm_config.mm_processor_kwargs if mm_config else None) or {}).get("max_num_tiles")
+
+
 class GARProcessingInfo(BaseProcessingInfo):
     """What vLLM has to know before any request comes."""
 
     @cached_property
     def processor(self) -> Processor:
         """The checkpoint's processor, with the engine's own `max_num_tiles` where one is given."""
-        folder = resolve(self.ctx.model_config.model)
-        config = read_config(folder).with_box_scale(self.ctx.get_hf_config().replay_box_scale)
-        given = (self.ctx.get_mm_config().mm_processor_kwargs or {}).get("max_num_tiles")
-        return Processor(folder, config, max_num_tiles=given)
+        model_config = self.ctx.model_config
+        config = read_config(folder := resolve(model_config.model))
+        config = config.with_box_scale(self.ctx.get_hf_config().replay_box_scale)
+        return Processor(folder, config, max_num_tiles=engine_max_num_tiles(model_config))
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         """One image and its regions, all items of one modality."""
@@ -156,9 +163,9 @@ class GARDummyInputs(BaseDummyInputsBuilder[GARProcessingInfo]):
     def get_dummy_mm_data(
         self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Mapping[str, Any]
     ) -> MultiModalDataDict:
-        """Return an image so wide that it gets every tile."""
+        """Return an image so wide that it gets every tile, of noise, because equal tiles are computed once."""
         size, tiles = self.info.processor.config.tile_size, self.info.processor.max_num_tiles
-        return {MODALITY: [Image.new("RGB", (size * tiles, size))]}
+        return {MODALITY: [Image.effect_noise((size * tiles, size), 64).convert("RGB")]}
 
 
 class GARMultiModalProcessor(BaseMultiModalProcessor[GARProcessingInfo]):
