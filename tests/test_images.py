@@ -1,14 +1,18 @@
 """Images of every kind become upright 8-bit RGB; what is no image is refused by name."""
 
 import base64
+import contextlib
 import io
+import os
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from garserve.errors import ImageError
-from garserve.inputs.images import load_image
+from garserve.inputs.images import load_image, load_mask
 from tests.conftest import PHOTO
 
 
@@ -111,6 +115,35 @@ def test_a_text_file_named_png(tmp_path) -> None:
 def test_a_folder_is_no_image(tmp_path) -> None:
     with pytest.raises(ImageError, match="cannot be read"):
         load_image(tmp_path)
+
+
+def test_devices_and_pipes_are_not_opened(tmp_path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/dev/zero", tmp_path / "pipe"):
+        with pytest.raises(ImageError, match="not a regular file"):
+            load_image(path)
+        with pytest.raises(ImageError, match="not a regular file"):
+            load_mask(path)
+
+
+def test_formats_that_nobody_keeps_photographs_in_are_not_opened() -> None:
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n"
+    with pytest.raises(ImageError, match="not an image"):
+        load_image(postscript)
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=st.integers(0, 10**6), kind=st.sampled_from(["PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF"]))
+def test_damaged_files_are_refused_or_read(seed: int, kind: str) -> None:
+    """Whatever bytes are hit, Pillow's own errors do not get through."""
+    rng = np.random.default_rng(seed)
+    buffer = io.BytesIO()
+    Image.fromarray(np.arange(300, dtype=np.uint8).reshape(10, 10, 3)).save(buffer, kind)
+    data = bytearray(buffer.getvalue())
+    for place in rng.integers(0, len(data), 4):
+        data[place] = rng.integers(0, 256)
+    with contextlib.suppress(ImageError):
+        assert load_image(bytes(data[: len(data) - int(rng.integers(0, 9))]), max_pixels=10**6).dtype == np.uint8
 
 
 def test_bombs_are_refused_before_decoding() -> None:

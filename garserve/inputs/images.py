@@ -4,9 +4,11 @@ import base64
 import binascii
 import io
 import os
+import stat
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +18,13 @@ from garserve.errors import ImageError
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]
 
+_Read = TypeVar("_Read")
+
 # Pixels of width x height above which a file is refused before it is decoded.
 MAX_PIXELS = 150_000_000
+
+# What is opened at all: Pillow also knows formats that run other programs, or that nobody keeps photographs in.
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "PPM")
 
 _BACKGROUND = (255, 255, 255)  # transparent pixels are laid on white, as vLLM lays them
 
@@ -32,24 +39,52 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> NDArray[
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image):
-        return _to_rgb(source, "image", max_pixels)
+        return _guarded("image", lambda: _to_rgb(source, "image", max_pixels))
     file, name = _open_bytes(source)
     with file:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                image = Image.open(file)
-                return _to_rgb(image, name, max_pixels)
-        except Image.DecompressionBombError:
-            raise ImageError(f"{name}: more than {max_pixels} pixels; refused before decoding") from None
-        except UnidentifiedImageError:
-            raise ImageError(
-                f"{name}: not an image (expected PNG, JPEG, WebP or another format that Pillow reads)"
-            ) from None
-        except (OSError, SyntaxError, ValueError, EOFError) as error:
-            if isinstance(error, ImageError):
-                raise
-            raise ImageError(f"{name}: broken or truncated image ({error})") from None
+        return _guarded(name, lambda: _to_rgb(open_picture(file, name, max_pixels), name, max_pixels))
+
+
+def load_mask(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read an image file as it is, for use as a mask: no conversion, no orientation. Raises ImageError."""
+    file, name = _open_bytes(path)
+    with file:
+        return _guarded(name, lambda: _loaded(open_picture(file, name, max_pixels)))
+
+
+def open_picture(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
+    """Open an image file of a usual format, its pixels not decoded yet; ImageError where it is too large."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image = Image.open(file, formats=FORMATS)
+    _check_size(image, name, max_pixels)
+    return image
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    image.load()
+    return image
+
+
+def _guarded(name: str, read: Callable[[], _Read]) -> _Read:
+    try:
+        return read()
+    except ImageError:
+        raise
+    except Image.DecompressionBombError:
+        raise ImageError(f"{name}: too many pixels; refused before decoding") from None
+    except UnidentifiedImageError:
+        raise ImageError(f"{name}: not an image (expected one of {', '.join(FORMATS)})") from None
+    except Exception as error:  # Pillow's decoders raise whatever their parsers stumble over
+        raise ImageError(f"{name}: broken or truncated image ({type(error).__name__}: {error})") from None
+
+
+def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError(f"{name}: {width}x{height} pixels; refused, more than {max_pixels} pixels")
+    if width == 0 or height == 0:
+        raise ImageError(f"{name}: {width}x{height} pixels; expected at least one")
 
 
 def _open_bytes(source: str | os.PathLike[str] | bytes) -> tuple[BinaryIO, str]:
@@ -68,6 +103,8 @@ def _open_bytes(source: str | os.PathLike[str] | bytes) -> tuple[BinaryIO, str]:
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         try:
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise ImageError(f"{path}: cannot be read (not a regular file)")
             return path.open("rb"), str(path)
         except FileNotFoundError:
             raise ImageError(f"{path}: no such file") from None
@@ -79,11 +116,7 @@ def _open_bytes(source: str | os.PathLike[str] | bytes) -> tuple[BinaryIO, str]:
 
 
 def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> NDArray[np.uint8]:
-    width, height = image.size
-    if width * height > max_pixels:
-        raise ImageError(f"{name}: {width}x{height} pixels; refused, more than {max_pixels} pixels")
-    if width == 0 or height == 0:
-        raise ImageError(f"{name}: {width}x{height} pixels; expected at least one")
+    _check_size(image, name, max_pixels)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8))

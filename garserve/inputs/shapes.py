@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco
 
-from garserve.errors import RegionError
+from garserve.errors import ImageError, RegionError
+from garserve.inputs.images import load_mask
 from garserve.inputs.rle import decode_rle
 
 Box = tuple[float, float, float, float]
@@ -52,11 +53,9 @@ class MaskShape:
         source = self.source
         if isinstance(source, str | os.PathLike):
             try:
-                with Image.open(source) as image:
-                    return _mask_of_image(image)
-            except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-                reason = getattr(error, "strerror", None) or "not an image" if isinstance(error, OSError) else error
-                raise RegionError(f"{self.kind} {os.fspath(source)}: {reason}; expected an image file") from None
+                return _mask_of_image(load_mask(source))
+            except ImageError as error:
+                raise RegionError(f"{self.kind}: {error}") from None
         if isinstance(source, Image.Image):
             return _mask_of_image(source)
         array = np.asarray(source)
