@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 
 .PHONY: demo test lint setup lock clean
@@ -19,13 +20,13 @@ lint: setup
 
 setup: $(READY)
 
-$(READY): requirements/cpu.txt pyproject.toml
+$(READY): requirements/cpu.txt requirements/torch-cpu.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "the lock is for Python 3.11: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements/cpu.txt
-# The CPU build of torch brings all it needs. The ordinary build, which pip takes where it finds no other, needs more.
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+# The CPU build of torch where the machine's package indexes have it, else the ordinary one with the CUDA libraries it needs.
+	$(PIP) --no-deps --require-hashes -r requirements/torch-cpu.txt || $(PIP) torch==2.13.0
+	$(PIP) --no-deps --require-hashes -r requirements/cpu.txt
+	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $(READY)
 
 lock: setup

@@ -15,16 +15,30 @@ from rich.markup import escape
 
 from garserve import __version__
 from garserve.cli_options import (
+    AskOption,
     Backend,
+    BoxOption,
+    BoxScaleOption,
     CheckpointOption,
+    ClipOption,
     EngineOption,
+    ImageOutOption,
     JsonOption,
+    MaskOption,
     MaxTilesOption,
     MaxTokensOption,
+    PointsOption,
+    PolygonOption,
+    RadiusOption,
     RegionCommand,
+    RleOption,
+    ScribbleOption,
     VerboseOption,
+    WidthOption,
+    XywhOption,
     parse_engine_options,
     parse_regions,
+    printable,
 )
 from garserve.errors import GarserveError
 
@@ -46,16 +60,16 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 @contextmanager
 def _engine(
-    checkpoint: str, backend: str, max_num_tiles: int | None, options: list[str] | None, verbose: bool
+    checkpoint: str, backend: str, options: list[str] | None, verbose: bool, **choices: Any
 ) -> "Iterator[Engine]":
     """Load an engine behind a spinner, and close it."""
     from garserve.engine import load
 
-    extra: dict[str, Any] = parse_engine_options(options)
+    extra: dict[str, Any] = parse_engine_options(options) | choices
     if backend == "vllm":
         extra.setdefault("verbose", verbose)
     with status_console.status(f"Loading {checkpoint} ({backend}) ..."):
-        engine = load(checkpoint, backend, max_num_tiles=max_num_tiles, **extra)  # type: ignore[arg-type]
+        engine = load(checkpoint, backend, **extra)  # type: ignore[arg-type]
     with engine:
         yield engine
 
@@ -76,7 +90,8 @@ def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
         typer.echo(json.dumps(rows, ensure_ascii=False, indent=2))
         return
     for row in rows:
-        console.print(f"[bold cyan]{escape(row['region'])}[/]  {escape(row['text'])}", soft_wrap=True)
+        text = escape(printable(row["text"]))
+        console.print(f"[bold cyan]{escape(row['region'])}[/]  {text}", soft_wrap=True, highlight=False)
 
 
 @app.command(cls=RegionCommand)
@@ -84,25 +99,21 @@ def describe(
     context: typer.Context,
     image: Annotated[str, typer.Argument(help="Image file.")],
     checkpoint: CheckpointOption,
-    box: Annotated[list[str] | None, typer.Option(help="Region: a box x1,y1,x2,y2 in pixels.")] = None,
-    xywh: Annotated[list[str] | None, typer.Option(help="Region: a box x,y,width,height in pixels.")] = None,
-    mask: Annotated[list[str] | None, typer.Option(help="Region: a mask image of the image's size.")] = None,
-    polygon: Annotated[
-        list[str] | None, typer.Option(help="Region: a polygon x1,y1,x2,y2,x3,y3,... in pixels.")
-    ] = None,
-    points: Annotated[
-        list[str] | None, typer.Option(help="Region: points x1,y1[,x2,y2...], a disc around each.")
-    ] = None,
-    scribble: Annotated[
-        list[str] | None, typer.Option(help="Region: a line x1,y1,x2,y2,..., drawn 8 pixels wide.")
-    ] = None,
-    rle: Annotated[list[str] | None, typer.Option(help="Region: a COCO RLE as JSON, or a file that holds it.")] = None,
-    ask: Annotated[
-        str | None, typer.Option(help="A question that names the regions as <Prompt0>, <Prompt1>, ...")
-    ] = None,
-    image_out: Annotated[Path | None, typer.Option(help="Save a picture of the regions and the answers here.")] = None,
+    box: BoxOption = None,
+    xywh: XywhOption = None,
+    mask: MaskOption = None,
+    polygon: PolygonOption = None,
+    points: PointsOption = None,
+    scribble: ScribbleOption = None,
+    rle: RleOption = None,
+    radius: RadiusOption = 8.0,
+    width: WidthOption = 8.0,
+    clip: ClipOption = False,
+    ask: AskOption = None,
+    image_out: ImageOutOption = None,
     max_tokens: MaxTokensOption = 256,
     max_num_tiles: MaxTilesOption = None,
+    box_scale: BoxScaleOption = None,
     backend: Backend = "vllm",
     engine_option: EngineOption = None,
     as_json: JsonOption = False,
@@ -114,11 +125,18 @@ def describe(
     """
     from garserve.inputs.images import load_image
     from garserve.inputs.processor import draw_masks
+    from garserve.inputs.request import RegionRequest
+    from garserve.pictures import check_target, save_picture
 
-    regions = parse_regions(context)
+    regions = parse_regions(context, radius=radius, width=width, clip=clip)
     pixels = load_image(image)
     masks = draw_masks(regions, pixels.shape[0], pixels.shape[1])
-    with _engine(checkpoint, backend, max_num_tiles, engine_option, verbose) as engine:
+    if ask is not None:
+        RegionRequest(pixels, regions, ask).check(prompt_count=len(regions))
+    if image_out is not None:
+        check_target(image_out)
+    choices = {"max_num_tiles": max_num_tiles, "box_scale": box_scale}
+    with _engine(checkpoint, backend, engine_option, verbose, **choices) as engine:
         if ask is None:
             with status_console.status(f"Describing {len(regions)} regions ..."):
                 answers = engine.describe(pixels, regions, max_tokens=max_tokens)
@@ -128,10 +146,8 @@ def describe(
                 rows = [_row(engine.ask(pixels, regions, ask, max_tokens=max_tokens), "answer")]
     _show(rows, as_json)
     if image_out is not None:
-        from garserve.pictures import save_picture
-
-        captions = [row["text"] for row in rows] if ask is None else [f"{ask} {rows[0]['text']}"]
-        save_picture(image_out, pixels, masks, captions)
+        captions = [row["text"] for row in rows] if ask is None else []
+        save_picture(image_out, pixels, masks, captions, "" if ask is None else f"{ask} {rows[0]['text']}")
         status_console.print(f"Saved {image_out}")
 
 
@@ -144,6 +160,7 @@ def batch(
     checkpoint: CheckpointOption,
     max_tokens: MaxTokensOption = 256,
     max_num_tiles: MaxTilesOption = None,
+    box_scale: BoxScaleOption = None,
     backend: Backend = "vllm",
     engine_option: EngineOption = None,
     as_json: JsonOption = False,
@@ -151,30 +168,18 @@ def batch(
 ) -> None:
     """Answer a file of requests. A bad line becomes an error row with its line number; the others go on.
 
-    A line is {"image": path, "regions": [...], "question": text or left out, "id": ...}; regions are
-    {"box": [x1, y1, x2, y2]}, {"rle": ...}, {"polygon": ...}, {"mask": path}, {"points": ...}, {"scribble": ...}.
+    A line is {"image": path, "regions": \\[...], "question": text or left out, "id": ...}; paths are relative to the
+    file. A region is {"box": \\[x1, y1, x2, y2]}, {"rle": ...}, {"polygon": ...}, {"mask": path}, {"points": ...} or
+    {"scribble": ...}.
     """
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from garserve.batch.job import Totals, count_lines, run_batch
+    from garserve.batch.job import Totals, check_paths, count_lines, run_batch
 
-    if not output.parent.is_dir():
-        raise GarserveError(f"--output: no such folder: {output.parent}")
-    with _engine(checkpoint, backend, max_num_tiles, engine_option, verbose) as engine:
-        columns = (
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
+    check_paths(input_file, output)
+    choices = {"max_num_tiles": max_num_tiles, "box_scale": box_scale}
+    with _engine(checkpoint, backend, engine_option, verbose, **choices) as engine:
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
         with Progress(*columns, console=status_console) as progress:
             task = progress.add_task("rows", total=count_lines(input_file))
 
@@ -226,7 +231,7 @@ def demo(
     from garserve.demo import NOTE, run_demo
 
     rows = []
-    with _engine(str(_demo_checkpoint(folder)), backend, None, None, verbose) as engine:
+    with _engine(str(_demo_checkpoint(folder)), backend, None, verbose) as engine:
         for name, answer in run_demo(engine, folder / "regions.png"):
             rows.append(_row(answer, name))
     _show(rows, as_json=False)

@@ -19,7 +19,11 @@ CheckpointOption = Annotated[
 Backend = Annotated[Literal["vllm", "reference"], typer.Option(help="What decodes.")]
 MaxTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")]
 MaxTilesOption = Annotated[
-    int | None, typer.Option(min=1, max=36, help="Most tiles an image is cut into [checkpoint's own].")
+    int | None, typer.Option(min=1, max=36, help="Most tiles an image is cut into (default: the checkpoint's own).")
+]
+BoxScaleOption = Annotated[
+    Literal["released", "geometric"] | None,
+    typer.Option(help="How a box becomes feature cells (default: the checkpoint's own)."),
 ]
 EngineOption = Annotated[
     list[str] | None,
@@ -27,6 +31,19 @@ EngineOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show vLLM's log.")]
+
+BoxOption = Annotated[list[str] | None, typer.Option(help="Region: a box x1,y1,x2,y2 in pixels.")]
+XywhOption = Annotated[list[str] | None, typer.Option(help="Region: a box x,y,width,height in pixels.")]
+MaskOption = Annotated[list[str] | None, typer.Option(help="Region: a mask image of the image's size.")]
+PolygonOption = Annotated[list[str] | None, typer.Option(help="Region: a polygon x1,y1,x2,y2,x3,y3,... in pixels.")]
+PointsOption = Annotated[list[str] | None, typer.Option(help="Region: points x1,y1,x2,y2,..., a disc around each.")]
+ScribbleOption = Annotated[list[str] | None, typer.Option(help="Region: a line through x1,y1,x2,y2,...")]
+RleOption = Annotated[list[str] | None, typer.Option(help="Region: a COCO RLE as JSON, or a file that holds it.")]
+RadiusOption = Annotated[float, typer.Option(help="Radius of the discs of --points in pixels.")]
+WidthOption = Annotated[float, typer.Option(help="Width of the line of --scribble in pixels.")]
+ClipOption = Annotated[bool, typer.Option("--clip", help="Cut boxes at the image's edge instead of refusing them.")]
+AskOption = Annotated[str | None, typer.Option(help="A question that names the regions as <Prompt0>, <Prompt1>, ...")]
+ImageOutOption = Annotated[Path | None, typer.Option(help="Save a picture of the regions and the answers here.")]
 
 _REGION_OPTIONS = ("box", "xywh", "mask", "polygon", "points", "scribble", "rle")
 _ORDER = "garserve.region_order"
@@ -42,23 +59,30 @@ class RegionCommand(TyperCommand):
         return super().parse_args(ctx, args)
 
 
-def parse_regions(context: typer.Context) -> list[Region]:
+def parse_regions(context: typer.Context, *, radius: float, width: float, clip: bool) -> list[Region]:
     """Return the regions of a RegionCommand in the order in which they were given.
 
     Raises RequestError where there is none, RegionError naming the option where one cannot be read.
     """
     left = {name: list(context.params.get(name) or []) for name in _REGION_OPTIONS}
-    regions = [_region(name, left[name].pop(0)) for name in context.meta[_ORDER] if left[name]]
+    options: dict[str, dict[str, Any]] = {
+        "points": {"radius": radius},
+        "scribble": {"width": width},
+        "box": {"clip": clip},
+        "xywh": {"clip": clip},
+    }
+    order = [name for name in context.meta[_ORDER] if left[name]]
+    regions = [Region.parse({name: _value(name, left[name].pop(0)), **options.get(name, {})}) for name in order]
     if not regions:
         raise RequestError("no region given: use --box, --mask, --polygon, --points, --scribble, --xywh or --rle")
     return regions
 
 
-def _region(name: str, text: str) -> Region:
+def _value(name: str, text: str) -> Any:
     if name == "mask":
-        return Region.from_mask(text)
+        return text
     if name == "rle":
-        return Region.from_rle(_rle(text))
+        return _rle(text)
     try:
         numbers = [float(part) for part in text.replace(" ", ",").split(",") if part]
     except ValueError:
@@ -66,11 +90,8 @@ def _region(name: str, text: str) -> Region:
     if name in ("points", "scribble"):
         if len(numbers) % 2:
             raise RegionError(f"--{name}: expected pairs x,y, got {len(numbers)} numbers")
-        pairs = [numbers[i : i + 2] for i in range(0, len(numbers), 2)]
-        return Region.from_points(pairs) if name == "points" else Region.from_scribble(pairs)
-    if name == "polygon":
-        return Region.from_polygon(numbers)
-    return Region.from_box(numbers) if name == "box" else Region.from_xywh(numbers)
+        return [numbers[i : i + 2] for i in range(0, len(numbers), 2)]
+    return numbers
 
 
 def _rle(text: str) -> Any:
@@ -98,3 +119,8 @@ def parse_engine_options(options: list[str] | None) -> dict[str, Any]:
         except ValueError:
             parsed[name] = value
     return parsed
+
+
+def printable(text: str) -> str:
+    """Replace what a terminal would obey instead of showing: control characters other than the line break."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -8,7 +8,7 @@ from garserve.engine import Answer, Engine
 from garserve.inputs.images import load_image
 from garserve.inputs.processor import draw_masks
 from garserve.inputs.regions import Region
-from garserve.pictures import save_picture
+from garserve.pictures import check_target, save_picture
 
 NOTE = "The weights of this demonstration are random: everything is computed for real, but the sentences mean nothing."
 QUESTION = "What is the relation of <Prompt0> to <Prompt1>?"
@@ -25,6 +25,7 @@ REGIONS = {
 
 def run_demo(engine: Engine, picture: Path) -> Iterator[tuple[str, Answer]]:
     """Yield each answer with a name for its line, then save the picture of regions and answers."""
+    check_target(picture)
     image = load_image(Path(str(files("garserve") / "data" / "coffee.jpg")))
     regions = list(REGIONS.values())
     captions = []

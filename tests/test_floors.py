@@ -31,6 +31,7 @@ FLOORS = {
     "garserve.doctor": 6,
     "garserve.cli_options": 6,
     "garserve.cli": 8,
+    "garserve.__main__": 9,
 }
 
 

@@ -130,6 +130,7 @@ NAN = float("nan")
         (lambda: Region.from_mask(np.zeros((H, W))), "mask: covers no pixel"),
         (lambda: Region.from_mask(np.full((H, W), NAN)), "mask: holds NaN"),
         (lambda: Region.from_mask(np.zeros((H, W, 2))), "mask: expected numbers or booleans of shape"),
+        (lambda: Region.from_mask(Image.new("RGB", (W, H), "red")), "mask: expected a grey"),
         (lambda: Region.from_mask("/nowhere.png"), "mask: /nowhere.png: no such file"),
         (lambda: Region.from_box([70, 5, 80, 9]), "outside the 60x40 image"),
         (lambda: Region.from_box([-30, 5, -10, 9], clip=True), "outside the 60x40 image"),

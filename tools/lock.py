@@ -1,11 +1,12 @@
-"""Write requirements/cpu.txt: every package of the CPU set-up, pinned and hashed, for Linux x86-64 and Python 3.11.
+"""Write the lock of the CPU set-up: every package pinned and hashed, for Linux x86-64 and Python 3.11.
 
     python tools/lock.py
 
 torchvision, torchaudio and torchcodec are left out on purpose: vLLM's CPU build asks for them, but their ordinary
 builds are CUDA builds, which fail to import beside a CPU build of torch, and take vLLM and transformers with them.
-torch is pinned by its public version with the hashes of both builds, the CPU one and the ordinary one: pip takes
-whichever the machine's package indexes offer, the CPU build first.
+requirements/torch-cpu.txt pins the CPU build of torch, to be installed first where it is to be had;
+requirements/cpu.txt pins everything, torch by its public version with the hashes of both builds, the CPU one and the
+ordinary one. (One file would not do: with hashes, pip prefers a file whose hash its index names over the CPU build.)
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGET = ROOT / "requirements" / "cpu.txt"
+FOLDER = ROOT / "requirements"
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec", "garserve"}
 EXTRA_PINS = ["setuptools==78.1.1", "wheel"]
 
@@ -57,14 +58,20 @@ def main() -> None:
         if name not in LEFT_OUT:
             pins[name] = (item["metadata"]["version"].split("+")[0], {sha256(item)})
     version, hashes = pins["torch"]
+    write("torch-cpu.txt", {"torch": (f"{version}+cpu", set(hashes))})
     hashes |= {sha256(item) for item in resolve([f"torch=={version}"], plain=True)}
+    write("cpu.txt", pins)
+
+
+def write(name: str, pins: dict[str, tuple[str, set[str]]]) -> None:
+    """Write one requirements file."""
     lines = [HEADER]
-    for name, (version, hashes) in sorted(pins.items()):
+    for package, (version, hashes) in sorted(pins.items()):
         options = " \\\n".join(f"    --hash=sha256:{value}" for value in sorted(hashes))
-        lines.append(f"{name}=={version} \\\n{options}\n")
-    TARGET.parent.mkdir(exist_ok=True)
-    TARGET.write_text("".join(lines))
-    print(f"{TARGET.relative_to(ROOT)}: {len(pins)} packages")
+        lines.append(f"{package}=={version} \\\n{options}\n")
+    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / name).write_text("".join(lines))
+    print(f"{name}: {len(pins)} packages")
 
 
 if __name__ == "__main__":

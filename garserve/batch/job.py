@@ -10,7 +10,7 @@ from typing import Any
 
 from garserve.batch.sources import Line, read_lines
 from garserve.engine import Answer, Engine
-from garserve.errors import GarserveError, InputError
+from garserve.errors import GarserveError, InputError, RequestError
 from garserve.inputs.request import RegionRequest
 
 
@@ -24,6 +24,16 @@ class Totals:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     answer_tokens: int = 0
+
+
+def check_paths(source: Path, target: Path) -> None:
+    """Check that the output can be written and is not the input; RequestError where not."""
+    if not target.parent.is_dir():
+        raise RequestError(f"output {target}: no such folder: {target.parent}")
+    if target.exists() and (not target.is_file() or target.samefile(source)):
+        raise RequestError(f"output {target}: is {'the input itself' if target.is_file() else 'no regular file'}")
+    if not os.access(target.parent, os.W_OK):
+        raise RequestError(f"output {target}: its folder cannot be written to")
 
 
 def count_lines(path: Path) -> int:
@@ -40,6 +50,7 @@ def run_batch(
     Rows are written to a file beside the target, which takes its name when all are there: an interrupted job leaves
     no half output under the target's name.
     """
+    check_paths(source, target)
     totals = Totals()
     partial = target.with_name(target.name + ".partial")
     with partial.open("w", encoding="utf-8") as out:

@@ -3,10 +3,11 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from garserve.errors import InputError, RequestError
 from garserve.inputs.regions import Region
@@ -14,7 +15,7 @@ from garserve.inputs.request import RegionRequest
 
 
 class RequestLine(BaseModel):
-    """One line of a requests file. Unknown keys (answers, labels, notes of a data set) are left alone.
+    """One line of a requests file. Other keys (answers, labels of a data set) are left alone, but not misspelt ones.
 
     `image` is a path, relative to the file, or a data URL. `regions` are as Region.parse takes them. With `choices`
     the question is asked as the authors' evaluation asks it.
@@ -28,8 +29,19 @@ class RequestLine(BaseModel):
     choices: list[str] = Field(default_factory=list)
     system: str | None = None
     max_tokens: int | None = None
+    temperature: float = 0.0
+    seed: int | None = None
     focus: list[int] | None = None
     prompt_index: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_misspelt_keys(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for key in sorted(str(key) for key in data if key not in cls.model_fields):
+                if near := get_close_matches(key, set(cls.model_fields) - set(data), cutoff=0.8):
+                    raise ValueError(f"unknown field {key!r}, did you mean {near[0]!r}?")
+        return data
 
     def request(self, folder: Path, max_tokens: int) -> RegionRequest:
         """Return the line as a request; a relative image or mask path is taken from `folder`."""
@@ -40,6 +52,8 @@ class RequestLine(BaseModel):
             question=self._asked(),
             system=self.system,
             max_tokens=max_tokens if self.max_tokens is None else self.max_tokens,
+            temperature=self.temperature,
+            seed=self.seed,
             focus=self.focus,
             prompt_index=self.prompt_index,
         )
@@ -61,10 +75,10 @@ def _located(region: Any, folder: Path) -> Any:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the input: its number from 1, its id, and its request or what is wrong with it."""
+    """One line of the input: its number from 1, its id if it has one, and its request or what is wrong with it."""
 
     number: int
-    id: str
+    id: str | int | None
     request: RegionRequest | InputError
 
 
@@ -77,11 +91,11 @@ def read_lines(path: Path, max_tokens: int) -> Iterator[Line]:
 
 
 def _read_line(number: int, raw: bytes, folder: Path, max_tokens: int) -> Line:
-    identity = str(number)
+    identity: str | int | None = None
     try:
         data = json.loads(raw)
         if isinstance(data, dict) and isinstance(data.get("id"), str | int):
-            identity = str(data["id"])
+            identity = data["id"]
         return Line(number, identity, RequestLine.model_validate(data).request(folder, max_tokens))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         return Line(number, identity, RequestError(f"not JSON ({error})"))

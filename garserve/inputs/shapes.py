@@ -76,8 +76,12 @@ def _mask_of_image(image: Image.Image) -> Mask:
         if not (alpha == 255).all():
             return np.asarray(alpha != 0)
         image = image.convert("RGB")
-    array = np.asarray(image) != 0
-    return array.any(axis=2) if array.ndim == 3 else array
+    array = np.asarray(image)
+    if array.ndim == 3:
+        if (array != array[..., :1]).any():
+            raise RegionError("mask: expected a grey, black-and-white or palette picture, got a coloured one")
+        array = array[..., 0]
+    return np.asarray(array != 0)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The reference: a whole GAR in plain PyTorch and transformers' Llama. Slow, simple, and the oracle of every test."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -48,12 +48,17 @@ class ReferenceGAR(nn.Module):
 
     @torch.inference_mode()
     def generate(
-        self, prepared: Sequence[PreparedRequest], max_tokens: Sequence[int], stop_id: int
+        self,
+        prepared: Sequence[PreparedRequest],
+        max_tokens: Sequence[int],
+        stop_id: int,
+        on_token: Callable[[int, int], bool] | None = None,
     ) -> tuple[list[list[int]], torch.Tensor]:
         """Decode requests together, taking the most probable token each time.
 
         Returns each request's tokens (with `stop_id` where it was reached) and the logits [B, V] of the first step.
-        Shorter prompts are padded on the left; positions and attention leave the padding out.
+        Shorter prompts are padded on the left; positions and attention leave the padding out. `on_token` is told of
+        each request's new token, and ends that request by returning False.
         """
         rows = [self.embed(one) for one in prepared]
         longest = max(len(row) for row in rows)
@@ -76,6 +81,8 @@ class ReferenceGAR(nn.Module):
                 if running[index]:
                     tokens[index].append(token)
                     running[index] = token != stop_id and len(tokens[index]) < max_tokens[index]
+                    if on_token and not on_token(index, token):
+                        running[index] = False
             if not any(running):
                 return tokens, first
             attention = torch.cat([attention, attention.new_ones(len(rows), 1)], dim=1)

@@ -34,7 +34,7 @@ class ReferenceBackend:
         self._thread.start()
 
     def submit(self, prepared: PreparedRequest, sampling: Sampling, on_report: OnReport) -> Callable[[], None]:
-        """Queue a request; its whole answer is one report. Returns a function that cancels it while it waits."""
+        """Queue a request; reports come from the backend's thread. Returns a function that cancels it."""
         if self._closed:
             raise GarserveError("the engine is closed")
         if sampling.temperature > 0:
@@ -63,14 +63,23 @@ class ReferenceBackend:
     def _decode(self, jobs: list[_Job]) -> None:
         if not jobs:
             return
-        prepared, samplings = [job[0] for job in jobs], [job[1] for job in jobs]
-        stop = samplings[0].stop_id
+        stop = jobs[0][1].stop_id
+
+        def on_token(index: int, token: int) -> bool:
+            _, sampling, on_report, cancelled = jobs[index]
+            if sampling.stream:
+                on_report(Progress([token]))
+            return not cancelled.is_set()
+
         try:
-            tokens, logits = self.model.generate(prepared, [sampling.max_tokens for sampling in samplings], stop)
+            limits = [job[1].max_tokens for job in jobs]
+            tokens, logits = self.model.generate([job[0] for job in jobs], limits, stop, on_token)
         except Exception as error:  # reported to whoever waits, the thread lives on
             for job in jobs:
                 job[2](error)
             return
-        for job, ids, first in zip(jobs, tokens, logits, strict=True):
+        for (_, sampling, on_report, _), ids, first in zip(jobs, tokens, logits, strict=True):
             reason = "stop" if ids[-1] == stop else "length"
-            job[2](Progress(ids, reason, 0, first.tolist() if job[1].first_logits else None))
+            on_report(
+                Progress([] if sampling.stream else ids, reason, 0, first.tolist() if sampling.first_logits else None)
+            )

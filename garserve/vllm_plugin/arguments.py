@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,6 +70,8 @@ def quiet(*, verbose: bool) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if not verbose:
         logging.getLogger("vllm").setLevel(logging.ERROR)  # vLLM speaks before it has read its own level
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # looks for a CUDA toolkit, and tells
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
 
 
 @contextmanager
@@ -85,6 +88,8 @@ def engine_environment(ranks: int, *, separate_process: bool) -> Iterator[None]:
         # vLLM's own choice leaves a core idle for its API server, which is half of a small machine.
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, own)) for own in shares),
     }
+    if os.environ.get("VLLM_LOGGING_LEVEL") == "ERROR":  # for the processes that vLLM starts
+        wanted |= {"PYTHONWARNINGS": "ignore::FutureWarning", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     changed = {name: value for name, value in wanted.items() if name not in os.environ}
     # By this one vLLM chooses its process mode, and on a CPU its executor; it is read anew for each engine.
     changed["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if separate_process else "0"

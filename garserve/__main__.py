@@ -1,0 +1,5 @@
+"""`python -m garserve` is the command `garserve`."""
+
+from garserve.cli import main
+
+main()
