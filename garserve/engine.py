@@ -97,15 +97,18 @@ class Engine:
 
         `regions` are Region objects or what Region.parse takes; `options` are fields of RegionRequest.
         """
-        pixels = load_image(image)
-        return list(self.describe_many([RegionRequest(pixels, [region], **options) for region in regions]))
+        given = RegionRequest(load_image(image), regions, **options)
+        singles = [replace(given, regions=[region]) for region in given.parsed_regions()]
+        return list(self.describe_many(singles))
 
     def ask(self, image: ImageSource, regions: Sequence[Any], question: str, **options: Any) -> Answer:
         """Answer a question in which `<Prompt0>`, `<Prompt1>`, … name the regions in their order."""
         return next(self.describe_many([RegionRequest(image, regions, question, **options)]))
 
     def chat(self, image: ImageSource, regions: Sequence[Any], **options: Any) -> "Chat":
-        """Start a conversation about the regions of one image."""
+        """Start a conversation about the regions of one image; its first question is what is said first."""
+        if "question" in options or "turns" in options:
+            raise RequestError("chat: takes no question or turns; say them")
         return Chat(self, RegionRequest(load_image(image), regions, **options))
 
     def describe_many(self, requests: Iterable[RegionRequest], *, in_flight: int = 32) -> Iterator[Answer]:
@@ -227,7 +230,7 @@ class Chat:
     def __init__(self, engine: Engine, opening: RegionRequest) -> None:
         self._engine = engine
         self._request = opening
-        self._begun = opening.question is not None
+        self._begun = False
 
     def say(self, text: str | None = None) -> Answer:
         """Say something and return the answer. Saying nothing first asks for the description of the one region."""
@@ -236,7 +239,7 @@ class Chat:
             request = replace(request, question=text)
         elif text is not None:
             request = replace(request, turns=(*request.turns, Turn("user", text)))
-        elif request.turns:
+        else:
             raise RequestError("say: expected a text; only the first turn of a chat can do without")
         answer = next(self._engine.describe_many([request]))
         self._begun = True

@@ -51,6 +51,8 @@ def test_bad_lines_become_error_rows_and_the_others_go_on(reference: Engine, fol
         {"image": "a.png", "regions": [BOX], "max_tokens": 0},
         {"image": "a.png", "regions": [BOX], "choices": ["A. Red."]},
         {"image": "a.png", "regions": [BOX], "questoin": "What is <Prompt0>?"},
+        '{"id": "half \\ud800", "image": "a.png", "regions": [[0, 0, 9, 9]], "question": "half \\ud800"}',
+        '{"image": "a.png", "regions": [{"box": [0, 0, 9, ' + "9" * 5000 + "]}]}",
         {
             "id": 5,
             "image": "a.png",
@@ -64,7 +66,7 @@ def test_bad_lines_become_error_rows_and_the_others_go_on(reference: Engine, fol
         file.write(b"\xff\xfe\n")
     totals = run_batch(reference, source, folder / "out.jsonl", max_tokens=3)
     out = rows(folder / "out.jsonl")
-    assert [row["line"] for row in out] == [*range(1, 14), *range(15, 20)]
+    assert [row["line"] for row in out] == [*range(1, 14), *range(15, 22)]
     assert [row["id"] for row in out if "error" not in row] == ["good", 5]
     messages = {row["line"]: row["error"] for row in out if "error" in row}
     for line, part in {
@@ -83,10 +85,12 @@ def test_bad_lines_become_error_rows_and_the_others_go_on(reference: Engine, fol
         15: "max_tokens: expected at least 1, got 0",
         16: "choices: only with a question",
         17: "unknown field 'questoin', did you mean 'question'?",
+        18: "question: half a character",
         19: "not JSON",
+        21: "not JSON",
     }.items():
         assert part in messages[line], (line, messages[line])
-    assert (totals.rows, totals.errors, totals.regions) == (18, 16, 2)
+    assert (totals.rows, totals.errors, totals.regions) == (20, 18, 2)
     assert not (folder / "out.jsonl.partial").exists()
 
 

@@ -44,6 +44,19 @@ def test_chat_is_a_request_with_turns(engine: Engine, picture: np.ndarray) -> No
         chat.say()
 
 
+def test_chat_misused(reference: Engine, picture: np.ndarray) -> None:
+    with pytest.raises(RequestError, match="takes no question"):
+        reference.chat(picture, [BOX], question="What?")
+    chat = reference.chat(picture, [BOX], max_tokens=1)
+    for text in (5, "", "half \ud800", "What is <Prompt9>?"):
+        with pytest.raises(RequestError, match=r"question|turns"):
+            chat.say(text)  # type: ignore[arg-type]
+    chat.say("What is <Prompt0>?")
+    with pytest.raises(RequestError, match=r"turns\[1\]: expected a text, got 5"):
+        chat.say(5)  # type: ignore[arg-type]
+    assert chat.say("And <Prompt0>?").token_ids
+
+
 def test_chat_opens_with_a_description(engine: Engine, picture: np.ndarray) -> None:
     chat = engine.chat(picture, [BOX], max_tokens=4)
     assert chat.say().token_ids == engine.describe(picture, [BOX], max_tokens=4)[0].token_ids
@@ -142,6 +155,12 @@ def test_a_closed_engine_says_so(mini: Path, picture: np.ndarray) -> None:
     engine.close()
     with pytest.raises(GarserveError, match="closed"):
         engine.describe(picture, [BOX])
+
+
+def test_regions_that_are_no_list(reference: Engine, picture: np.ndarray) -> None:
+    for regions in (None, 5, {"box": [0, 0, 1, 1]}, "box"):
+        with pytest.raises(RequestError, match="regions: expected a list"):
+            reference.describe(picture, regions)  # type: ignore[arg-type]
 
 
 def test_load_refuses_nonsense(mini: Path) -> None:

@@ -90,6 +90,7 @@ def test_tiny_and_very_wide_images() -> None:
         (b"hello, this is a text", "not an image"),
         ("data:image/png,abc", "expected base64"),
         ("data:image/png;base64,@@@", "not base64"),
+        ("data:image/png;base64,é", "not base64"),
         (PHOTO.read_bytes()[:5000], "truncated"),
         (png(Image.new("RGB", (64, 64), "red"))[:60], "truncated"),
         (np.zeros((4, 4, 2), np.uint8), r"expected shape .* got \[4, 4, 2\]"),

@@ -133,6 +133,13 @@ def test_text_survives_the_tokenizer(processor: Processor) -> None:
             RegionRequest("x", [BOX, BOX], "What is <Prompt3>?"),
             "names <Prompt3>, but the regions given are <Prompt0>, <Prompt1>",
         ),
+        (RegionRequest("x", [BOX], "<Prompt00>"), "names <Prompt00>, but the regions given are <Prompt0>"),
+        (RegionRequest("x", [BOX], f"<Prompt{'1' * 5000}>"), "names <Prompt1111"),
+        (RegionRequest("x", [BOX], "half \ud800"), "question: half a character .* at position 5"),
+        (RegionRequest("x", [BOX], "q", system="\udfff"), "system: half a character"),
+        (RegionRequest("x", [BOX], "q", system=5), "system: expected a text, got 5"),  # type: ignore[arg-type]
+        (RegionRequest("x", [BOX], 7), "question: expected a text, got 7"),  # type: ignore[arg-type]
+        (RegionRequest("x", [BOX], prompt_index=True), "prompt_index: expected 0 to 4, got True"),
         (RegionRequest("x", [BOX, BOX], "What is <Prompt1>?", focus=[0]), "names <Prompt1>"),
         (RegionRequest("x", [BOX], "  "), "question: expected a text"),
         (RegionRequest("x", [BOX], "q", max_tokens=0), "max_tokens: expected at least 1"),

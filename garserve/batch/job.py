@@ -53,7 +53,8 @@ def run_batch(
     check_paths(source, target)
     totals = Totals()
     partial = target.with_name(target.name + ".partial")
-    with partial.open("w", encoding="utf-8") as out:
+    # Half a character of an id is written as the JSON escape that it came from.
+    with partial.open("w", encoding="utf-8", errors="backslashreplace") as out:
         for line, outcome in _answer_lines(engine, read_lines(source, max_tokens)):
             out.write(json.dumps(_row(line, outcome, totals), ensure_ascii=False) + "\n")
             out.flush()

@@ -97,11 +97,11 @@ def _read_line(number: int, raw: bytes, folder: Path, max_tokens: int) -> Line:
         if isinstance(data, dict) and isinstance(data.get("id"), str | int):
             identity = data["id"]
         return Line(number, identity, RequestLine.model_validate(data).request(folder, max_tokens))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        return Line(number, identity, RequestError(f"not JSON ({error})"))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "line"
         return Line(number, identity, RequestError(f"{where}: {first['msg']}, got {first['input']!r:.80}"))
     except InputError as error:
         return Line(number, identity, error)
+    except (ValueError, RecursionError) as error:  # broken syntax, broken UTF-8, numbers of thousands of digits
+        return Line(number, identity, RequestError(f"not JSON ({error})"))

@@ -98,7 +98,7 @@ def _open_bytes(source: str | os.PathLike[str] | bytes) -> tuple[BinaryIO, str]:
             raise ImageError(f"image data URL: expected base64 data, got {header[:60]!r}")
         try:
             return io.BytesIO(base64.b64decode(payload, validate=True)), "image data URL"
-        except binascii.Error as error:
+        except (binascii.Error, ValueError) as error:
             raise ImageError(f"image data URL: not base64 ({error})") from None
     if isinstance(source, str | os.PathLike):
         path = Path(source)

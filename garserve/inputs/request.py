@@ -60,8 +60,10 @@ class RegionRequest:
             raise RequestError(f"regions: this checkpoint takes at most {prompt_count} regions at once, got {count}")
         if self.question is None:
             self._check_single(count, prompt_count)
-        elif not isinstance(self.question, str) or not self.question.strip():
-            raise RequestError(f"question: expected a text, got {self.question!r:.80}")
+        else:
+            _check_text("question", self.question)
+        if self.system is not None:
+            _check_text("system", self.system, empty=True)
         if not isinstance(self.max_tokens, int) or isinstance(self.max_tokens, bool) or self.max_tokens < 1:
             raise RequestError(f"max_tokens: expected at least 1, got {self.max_tokens!r}")
         if not 0 <= self.temperature < float("inf"):
@@ -82,8 +84,10 @@ class RegionRequest:
             )
         if self.focus is not None:
             raise RequestError("focus: only with a question; without one there is a single region")
-        if self.prompt_index is not None and not 0 <= self.prompt_index < prompt_count:
-            raise RequestError(f"prompt_index: expected 0 to {prompt_count - 1}, got {self.prompt_index}")
+        if self.prompt_index is None:
+            return
+        if type(self.prompt_index) is not int or not 0 <= self.prompt_index < prompt_count:
+            raise RequestError(f"prompt_index: expected 0 to {prompt_count - 1}, got {self.prompt_index!r:.80}")
 
     def _check_focus(self, count: int) -> None:
         if self.focus is None:
@@ -96,18 +100,26 @@ class RegionRequest:
     def _check_names(self) -> None:
         single = self.question is None
         names = {self.prompt_index if self.prompt_index is not None else 1} if single else set(self.listed())
-        texts = [("question", self.question or "")]
-        texts += [(f"turns[{i}]", turn.text) for i, turn in enumerate(self.turns) if turn.role == "user"]
-        for where, text in texts:
-            unknown = sorted({int(k) for k in PROMPT_NAME.findall(text)} - names)
-            if unknown:
-                given = ", ".join(f"<Prompt{k}>" for k in sorted(names))
-                raise RequestError(f"{where}: names <Prompt{unknown[0]}>, but the regions given are {given}")
+        given = [f"<Prompt{name}>" for name in sorted(names)]
         for position, turn in enumerate(self.turns):
             expected = "assistant" if position % 2 == 0 else "user"
             if turn.role != expected:
                 raise RequestError(f"turns[{position}]: expected the {expected}'s turn, got the {turn.role}'s")
-            if not turn.text.strip() and turn.role == "user":
-                raise RequestError(f"turns[{position}]: expected a text, got none")
+            _check_text(f"turns[{position}]", turn.text, empty=turn.role == "assistant")
         if self.turns and self.turns[-1].role != "user":
             raise RequestError("turns: the last one must be the user's")
+        texts = [("question", self.question or "")]
+        texts += [(f"turns[{i}]", turn.text) for i, turn in enumerate(self.turns) if turn.role == "user"]
+        for where, text in texts:
+            for named in PROMPT_NAME.finditer(text):
+                if named[0] not in given:
+                    raise RequestError(f"{where}: names {named[0]:.40}, but the regions given are {', '.join(given)}")
+
+
+def _check_text(field: str, text: object, *, empty: bool = False) -> None:
+    if not isinstance(text, str) or not (empty or text.strip()):
+        raise RequestError(f"{field}: expected a text, got {text!r:.80}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{field}: half a character (a lone surrogate) at position {error.start}") from None

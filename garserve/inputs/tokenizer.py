@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from garserve.config import GARConfig, read_json
 from garserve.errors import CheckpointError
 
-PROMPT_NAME = re.compile(r"<Prompt(\d+)>")
+PROMPT_NAME = re.compile(r"<Prompt([0-9]+)>")
 
 
 class GARTokenizer:
