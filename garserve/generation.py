@@ -1,5 +1,6 @@
 """What passes between an engine and the backend that decodes for it (floor 1)."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,3 +29,13 @@ class Progress:
 
 Report = Progress | Exception
 OnReport = Callable[[Report], None]
+
+
+def deliver(on_report: OnReport, report: Report) -> bool:
+    """Call a caller's function and return whether it took the report; what it raises is its own affair."""
+    try:
+        on_report(report)
+    except Exception:
+        logging.getLogger(__name__).debug("a report was not taken", exc_info=True)
+        return False
+    return True

@@ -95,6 +95,18 @@ def test_many_streams_at_once_and_one_left_early(engine: Engine, picture: np.nda
         assert texts[k] == engine.describe(picture, [{"box": [k, k, 60 + k, 50]}], max_tokens=8)[0].text
 
 
+def test_an_event_loop_that_is_gone_harms_nobody_else(engine: Engine, picture: np.ndarray) -> None:
+    async def leave_early() -> None:
+        stream = engine.generate(RegionRequest(picture, [BOX], max_tokens=200))
+        reading = asyncio.ensure_future(anext(stream))  # type: ignore[arg-type]
+        await asyncio.sleep(0.05)
+        reading.cancel()
+
+    for _ in range(5):
+        asyncio.run(leave_early())
+    assert len(engine.describe(picture, [BOX], max_tokens=3)[0].token_ids) == 3
+
+
 def test_many_keeps_order_and_reads_no_further_than_needed(engine: Engine, picture: np.ndarray) -> None:
     drawn: list[int] = []
 

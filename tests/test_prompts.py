@@ -143,8 +143,11 @@ def test_text_survives_the_tokenizer(processor: Processor) -> None:
         (RegionRequest("x", [BOX, BOX], "What is <Prompt1>?", focus=[0]), "names <Prompt1>"),
         (RegionRequest("x", [BOX], "  "), "question: expected a text"),
         (RegionRequest("x", [BOX], "q", max_tokens=0), "max_tokens: expected at least 1"),
-        (RegionRequest("x", [BOX], "q", temperature=-1), "temperature: expected 0 or more"),
-        (RegionRequest("x", [BOX], "q", temperature=float("nan")), "temperature: expected 0 or more"),
+        (RegionRequest("x", [BOX], "q", temperature=-1), "temperature: expected 0 to 2"),
+        (RegionRequest("x", [BOX], "q", temperature=float("nan")), "temperature: expected 0 to 2"),
+        (RegionRequest("x", [BOX], "q", temperature=1e300), "temperature: expected 0 to 2"),
+        (RegionRequest("x", [BOX], "q", seed=2**70), "seed: expected a whole number"),
+        (RegionRequest("x", [BOX], "q", seed="a"), "seed: expected a whole number"),  # type: ignore[arg-type]
         (RegionRequest("x", [BOX], "q", focus=[1]), "focus: expected positions"),
         (RegionRequest("x", [BOX, BOX], "q", focus=[1, 1]), "focus: names a region twice"),
         (RegionRequest("x", [BOX], prompt_index=5), "prompt_index: expected 0 to 4"),

@@ -8,7 +8,7 @@ import pytest
 
 import garserve
 from garserve.engine import Engine
-from garserve.errors import RequestError
+from garserve.errors import GarserveError, RequestError
 from tests.requests_mix import mixed_requests, tokens
 
 pytest.importorskip("vllm", reason="vLLM is not installed (pip install garserve[cpu] or garserve[gpu])")
@@ -41,6 +41,13 @@ def test_equal_with_the_decoder_on_two_ranks(mini: Path, reference: Engine, pict
     requests = mixed_requests(picture)
     with garserve.load(mini, "vllm", separate_process=True, tensor_parallel_size=2) as engine:
         assert tokens(engine, requests) == tokens(reference, requests)
+
+
+def test_an_engine_that_cannot_start_says_why_and_leaves_the_process_free(mini: Path, picture: np.ndarray) -> None:
+    with pytest.raises(GarserveError, match=r"vLLM did not start \("):
+        garserve.load(mini, "vllm", max_model_len=10**9)
+    with garserve.load(mini, "vllm", max_model_len=4096) as engine:
+        assert tokens(engine, mixed_requests(picture)[:1])
 
 
 def test_unknown_engine_option(mini: Path) -> None:

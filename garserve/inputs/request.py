@@ -9,6 +9,8 @@ from garserve.inputs.images import ImageSource
 from garserve.inputs.regions import Region
 from garserve.inputs.tokenizer import PROMPT_NAME
 
+_HOTTEST = 2  # vLLM's own limit
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -64,10 +66,7 @@ class RegionRequest:
             _check_text("question", self.question)
         if self.system is not None:
             _check_text("system", self.system, empty=True)
-        if not isinstance(self.max_tokens, int) or isinstance(self.max_tokens, bool) or self.max_tokens < 1:
-            raise RequestError(f"max_tokens: expected at least 1, got {self.max_tokens!r}")
-        if not 0 <= self.temperature < float("inf"):
-            raise RequestError(f"temperature: expected 0 or more, got {self.temperature!r}")
+        self._check_sampling()
         if self.question is not None and self.prompt_index is not None:
             raise RequestError("prompt_index: only without a question; with one, regions are named in their order")
         self._check_focus(count)
@@ -76,6 +75,14 @@ class RegionRequest:
     def listed(self) -> list[int]:
         """Return the positions in `regions` that the prompt lists; they are also the numbers K of their `<PromptK>`."""
         return list(self.focus) if self.focus is not None else list(range(len(self.regions)))
+
+    def _check_sampling(self) -> None:
+        if type(self.max_tokens) is not int or self.max_tokens < 1:
+            raise RequestError(f"max_tokens: expected at least 1, got {self.max_tokens!r:.80}")
+        if type(self.temperature) not in (int, float) or not 0 <= self.temperature <= _HOTTEST:
+            raise RequestError(f"temperature: expected 0 to {_HOTTEST}, got {self.temperature!r:.80}")
+        if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 2**63):
+            raise RequestError(f"seed: expected a whole number of 0 to 2**63 - 1, got {self.seed!r:.80}")
 
     def _check_single(self, count: int, prompt_count: int) -> None:
         if count != 1:

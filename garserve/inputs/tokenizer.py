@@ -32,6 +32,10 @@ class GARTokenizer:
         if len(self.prompt_names) != config.prompt_count:
             raise CheckpointError(f"{path}: expected the tokens <Prompt0> .. <Prompt{config.prompt_count - 1}>")
 
+        for name in ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"):
+            if name not in self._special:
+                raise CheckpointError(f"{path}: no special token {name}")
+
     def special(self, name: str) -> int:
         """Return the id of a special token; CheckpointError where the tokenizer has none of that name."""
         try:

@@ -8,7 +8,7 @@ import torch
 
 from garserve.checkpoint import Checkpoint
 from garserve.errors import GarserveError, RequestError
-from garserve.generation import OnReport, Progress, Sampling
+from garserve.generation import OnReport, Progress, Sampling, deliver
 from garserve.inputs.processor import PreparedRequest
 from garserve.model.reference import ReferenceGAR
 
@@ -67,19 +67,17 @@ class ReferenceBackend:
 
         def on_token(index: int, token: int) -> bool:
             _, sampling, on_report, cancelled = jobs[index]
-            if sampling.stream:
-                on_report(Progress([token]))
-            return not cancelled.is_set()
+            taken = not sampling.stream or deliver(on_report, Progress([token]))
+            return taken and not cancelled.is_set()
 
         try:
             limits = [job[1].max_tokens for job in jobs]
             tokens, logits = self.model.generate([job[0] for job in jobs], limits, stop, on_token)
         except Exception as error:  # reported to whoever waits, the thread lives on
             for job in jobs:
-                job[2](error)
+                deliver(job[2], error)
             return
         for (_, sampling, on_report, _), ids, first in zip(jobs, tokens, logits, strict=True):
             reason = "stop" if ids[-1] == stop else "length"
-            on_report(
-                Progress([] if sampling.stream else ids, reason, 0, first.tolist() if sampling.first_logits else None)
-            )
+            logits_row = first.tolist() if sampling.first_logits else None
+            deliver(on_report, Progress([] if sampling.stream else ids, reason, 0, logits_row))

@@ -45,9 +45,15 @@ class VLLMBackend:
                 }
             arguments = engine_arguments(checkpoint.folder, checkpoint.config, options, in_process=not separate_process)
             self.driver = EngineDriver(arguments, separate_process=separate_process)
-        except BaseException:
+        except GarserveError:
             self._release_process()
             raise
+        except BaseException as error:
+            self._release_process()
+            if not isinstance(error, Exception):
+                raise
+            first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+            raise GarserveError(f"vLLM did not start ({type(error).__name__}: {first})") from error
 
     def _claim_process(self) -> None:
         """vLLM keeps its process groups in globals: the engine that closes first would take them from the other."""

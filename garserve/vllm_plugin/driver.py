@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from garserve.errors import GarserveError, RequestError
-from garserve.generation import OnReport, Progress, Sampling
+from garserve.generation import OnReport, Progress, Sampling, deliver
 from garserve.inputs.processor import PreparedRequest
 from garserve.vllm_plugin.arguments import engine_environment, sampling_params
 
@@ -55,7 +55,7 @@ class EngineDriver:
                 running.engine_id = self._add(number, prepared, sampling)
             except Exception as error:  # vLLM refuses requests with several kinds of error
                 del self._running[number]
-                on_report(RequestError(f"refused by vLLM: {error}"))
+                deliver(on_report, RequestError(f"refused by vLLM: {error}"))
 
         def cancel() -> None:
             running = self._running.pop(number, None)
@@ -63,7 +63,7 @@ class EngineDriver:
                 self.engine.abort_request([running.engine_id], internal=True)
 
         self._send(add)
-        return lambda: self._send(cancel)
+        return lambda: self._send(cancel, even_if_dead=True)
 
     def _add(self, number: str, prepared: PreparedRequest, sampling: Sampling) -> str:
         from garserve.vllm_plugin.multimodal import engine_input, share_with_engine
@@ -98,9 +98,11 @@ class EngineDriver:
         self._thread.join()
         atexit.unregister(self.close)
 
-    def _send(self, command: Callable[[], None]) -> None:
+    def _send(self, command: Callable[[], None], *, even_if_dead: bool = False) -> None:
         with self._lock:
             if self._dead is not None:
+                if even_if_dead:
+                    return
                 raise GarserveError(f"the engine has stopped: {self._dead}") from self._dead
             self._inbox.put(command)
 
@@ -141,14 +143,17 @@ class EngineDriver:
             completion = output.outputs[0]
             if output.finished:
                 del self._running[output.request_id]
-            running.on_report(
-                Progress(
-                    list(completion.token_ids),
-                    (completion.finish_reason or "stop") if output.finished else None,
-                    output.num_cached_tokens or 0,
-                    _first_logits(completion.logprobs),
-                )
+            progress = Progress(
+                list(completion.token_ids),
+                (completion.finish_reason or "stop") if output.finished else None,
+                output.num_cached_tokens or 0,
+                _first_logits(completion.logprobs),
             )
+            if not deliver(running.on_report, progress) and not output.finished:
+                # Nobody listens any more (an event loop that was closed, say): the others must not suffer for it.
+                del self._running[output.request_id]
+                if running.engine_id is not None:
+                    self.engine.abort_request([running.engine_id], internal=True)
 
     def _end(self) -> None:
         error = GarserveError(f"the engine has stopped: {self._dead}")
@@ -156,7 +161,7 @@ class EngineDriver:
             if (command := self._inbox.get()) is not None:
                 command()
         for running in self._running.values():
-            running.on_report(error)
+            deliver(running.on_report, error)
         self._running.clear()
         self.engine.engine_core.shutdown()
         del self.engine
