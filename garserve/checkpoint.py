@@ -30,6 +30,7 @@ MODULE_PREFIXES: dict[str, str] = {
     "mllm.lm_head.": "language_model.lm_head.",
 }
 
+_DTYPES = ("F32", "BF16", "F16")
 _WANTED_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
 
@@ -182,7 +183,12 @@ class Checkpoint:
             for name, shape in expected.items():
                 if name not in self.files:
                     raise CheckpointError(f"{self.folder}: tensor {name} is missing; expected shape {list(shape)}")
-                came = tuple(opened[self.files[name]].get_slice(name).get_shape())
+                held = opened[self.files[name]].get_slice(name)
+                if held.get_dtype() not in _DTYPES:
+                    raise CheckpointError(
+                        f"{self.folder}: tensor {name}: expected one of {', '.join(_DTYPES)}, got {held.get_dtype()}"
+                    )
+                came = tuple(held.get_shape())
                 if came != shape:
                     raise CheckpointError(
                         f"{self.folder}: tensor {name}: expected shape {list(shape)}, got {list(came)}"
@@ -206,7 +212,8 @@ def _locate_tensors(folder: Path) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if index.is_file():
-        weight_map = read_json(index).get("weight_map")
+        data = read_json(index)
+        weight_map = data.get("weight_map") if isinstance(data, dict) else None
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise CheckpointError(f"{index}: field weight_map: expected tensor names and file names")
         for name in weight_map.values():

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -113,15 +113,33 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
 
+_Size = Annotated[int, Field(gt=0, le=10_000_000)]
+_Layers = Annotated[int, Field(gt=0, le=1000)]
+
+
+class _Text(_Strict):
+    """What garserve itself needs of the decoder's config; the rest is transformers' affair."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, protected_namespaces=())
+    model_type: Literal["llama"]
+    hidden_size: _Size
+    intermediate_size: _Size
+    vocab_size: _Size
+    num_hidden_layers: _Layers
+    num_attention_heads: _Size
+    num_key_value_heads: _Size | None = None
+    head_dim: _Size | None = None
+
+
 class _ModelArgs(_Strict):
-    embed_dim: int = Field(gt=0)
-    depth: int = Field(gt=0)
-    img_size: tuple[int, int]
-    num_heads: int | None = None
-    mlp_ratio: float | None = None
-    patch_size: int | None = None
+    embed_dim: _Size
+    depth: _Layers
+    img_size: tuple[_Size, _Size]
+    num_heads: _Size | None = None
+    mlp_ratio: float | None = Field(default=None, gt=0, le=100)
+    patch_size: _Size | None = None
     init_values: float | None = None
-    ref_feat_shape: tuple[int, int] | None = None
+    ref_feat_shape: tuple[_Size, _Size] | None = None
     use_post_transformer_norm: Literal[False]
     global_pool: Literal[""] = ""
 
@@ -167,7 +185,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint file missing: {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # syntax, encoding, numbers of thousands of digits
         raise CheckpointError(f"checkpoint file {path} is not JSON: {error}") from None
 
 
@@ -220,12 +238,13 @@ def parse_config(config: Any, preprocessor: Any, source: str = "config.json") ->
         "preprocessor tile_size",
         f"expected the tower's image size {vision.image_size}, got {pre.tile_size}",
     )
-    for key in ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads"):
-        expect(isinstance(mllm.text_config.get(key), int), f"mllm_config.text_config.{key}", "expected a whole number")
+    text = _validated(_Text, mllm.text_config, f"{source}: mllm_config.text_config")
+    placeholders = {mllm.image_token_id, *file.crop_tokens_ids}
     expect(
-        mllm.text_config.get("model_type") == "llama",
-        "mllm_config.text_config.model_type",
-        f"expected 'llama', got {mllm.text_config.get('model_type')!r}",
+        len(placeholders) == 1 + len(file.crop_tokens_ids) and all(0 <= i < text.vocab_size for i in placeholders),
+        "crop_tokens_ids",
+        f"expected ids of the {text.vocab_size} tokens, all different and none of them image_token_id, "
+        f"got {file.crop_tokens_ids} beside {mllm.image_token_id}",
     )
     return GARConfig(
         vision=vision,

@@ -60,6 +60,13 @@ def test_index_that_lies(mini_copy: Path) -> None:
         Checkpoint.open(mini_copy)
 
 
+@pytest.mark.parametrize("data", [None, [], {}, {"weight_map": {"a": 5}}, {"weight_map": {}}])
+def test_index_that_is_none(mini_copy: Path, data: object) -> None:
+    (mini_copy / "model.safetensors.index.json").write_text(json.dumps(data))
+    with pytest.raises(CheckpointError):
+        Checkpoint.open(mini_copy)
+
+
 def test_index_that_leaves_the_folder(mini_copy: Path) -> None:
     shard(mini_copy)
     edit_config(
@@ -133,12 +140,30 @@ def test_a_pickle_is_refused_and_never_opened(mini_copy: Path) -> None:
         (lambda d: d.pop("mllm_config"), "field mllm_config"),
         (lambda d: d["mllm_config"].update(model_type="llava"), "field mllm_config.model_type"),
         (lambda d: d["mllm_config"]["vision_config"].update(architecture="vit_x"), "expected one of .* got 'vit_x'"),
-        (lambda d: d["mllm_config"]["text_config"].update(model_type="qwen2"), "expected 'llama', got 'qwen2'"),
+        (
+            lambda d: d["mllm_config"]["text_config"].update(model_type="qwen2"),
+            "text_config: field model_type: Input should be 'llama', got 'qwen2'",
+        ),
         (lambda d: d["mllm_config"].update(vision_use_cls_token=False), "vision_use_cls_token"),
         (
             lambda d: d["mllm_config"]["vision_config"]["model_args"].update(use_post_transformer_norm=True),
             "use_post_transformer_norm",
         ),
+        (lambda d: d["mllm_config"]["text_config"].pop("intermediate_size"), "text_config: field intermediate_size"),
+        (
+            lambda d: d["mllm_config"]["text_config"].update(num_hidden_layers=10**9),
+            "text_config: field num_hidden_layers",
+        ),
+        (lambda d: d["mllm_config"]["vision_config"]["model_args"].update(depth=-1), "model_args.depth"),
+        (
+            lambda d: d["mllm_config"]["text_config"].update(num_hidden_layers="2"),
+            "text_config: field num_hidden_layers",
+        ),
+        (
+            lambda d: d.update(crop_tokens_ids=[516] * 5),
+            "crop_tokens_ids: expected ids of the 774 tokens, all different",
+        ),
+        (lambda d: d.update(crop_tokens_ids=[1, 2, 3, 4, 10**9]), "crop_tokens_ids: expected ids"),
         (lambda d: d.update(prompt_numbers=4), "prompt_numbers: expected one per crop token"),
         (lambda d: d.update(replay_box_scale="other"), "field replay_box_scale"),
     ],
@@ -154,6 +179,18 @@ def test_preprocessor_inside_the_processors_config(mini: Path, mini_copy: Path) 
     (mini_copy / "preprocessor_config.json").unlink()
     (mini_copy / "processor_config.json").write_text(json.dumps({"image_processor": inner}))
     assert Checkpoint.open(mini_copy).config == Checkpoint.open(mini).config
+
+
+def test_a_decoder_that_transformers_refuses(mini_copy: Path) -> None:
+    edit_config(mini_copy, lambda d: d["mllm_config"]["text_config"].update(hidden_act="nope"))
+    with pytest.raises(CheckpointError, match="refused by transformers"):
+        garserve.load(mini_copy, "reference")
+
+
+def test_weights_of_another_kind(mini_copy: Path) -> None:
+    edit(mini_copy, lambda t: t.update({EMBEDDINGS: t[EMBEDDINGS].to(torch.int8)}))
+    with pytest.raises(CheckpointError, match=r"embed_tokens.weight: expected one of F32, BF16, F16, got I8"):
+        Checkpoint.open(mini_copy)
 
 
 def test_default_box_scale_is_the_released_one() -> None:

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from garserve.checkpoint import Checkpoint
 from garserve.config import GARConfig
+from garserve.errors import CheckpointError
 from garserve.inputs.processor import PreparedRequest
 from garserve.model.encoder import RegionEncoder
 
@@ -25,8 +26,13 @@ class ReferenceGAR(nn.Module):
     @classmethod
     def load(cls, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> "ReferenceGAR":
         """Build the model on the CPU and load every weight of an opened checkpoint."""
-        with torch.device("meta"):
-            model = cls(checkpoint.config)
+        try:
+            with torch.device("meta"):
+                model = cls(checkpoint.config)
+        except Exception as error:  # transformers checks the decoder's config in many ways
+            raise CheckpointError(
+                f"{checkpoint.folder}: the decoder's config is refused by transformers ({' '.join(str(error).split())})"
+            ) from error
         state = {name: tensor.to(dtype) for name, tensor in checkpoint.module_state().items()}
         if checkpoint.config.tied_head:
             state["language_model.lm_head.weight"] = state["language_model.model.embed_tokens.weight"]
