@@ -177,7 +177,16 @@ class Engine:
 
     def _start(self, request: RegionRequest) -> "_Pending | GarserveError":
         try:
-            return _Pending(self, request, self.processor(request))
+            prepared = self.processor(request)
+        except InputError as error:
+            return error
+        except Exception as error:  # whatever a request holds, the others go on
+            return RequestError(f"request cannot be prepared ({type(error).__name__}: {error})")
+        return self._submit(request, prepared)
+
+    def _submit(self, request: RegionRequest, prepared: PreparedRequest) -> "_Pending | GarserveError":
+        try:
+            return _Pending(self, request, prepared)
         except InputError as error:
             return error
 

@@ -50,6 +50,9 @@ def test_bad_lines_become_error_rows_and_the_others_go_on(reference: Engine, fol
         "",
         {"image": "a.png", "regions": [BOX], "max_tokens": 0},
         {"image": "a.png", "regions": [BOX], "choices": ["A. Red."]},
+        '{"image": "a.png", "regions": [{"rle": {"size": [Infinity, 80], "counts": [1]}}]}',
+        {"image": "a.png", "regions": [{"polygon": {"a": 1}}]},
+        {"image": "a.png", "regions": [{"polygon": [{"a": 1}]}]},
         {"image": "a.png", "regions": [BOX], "questoin": "What is <Prompt0>?"},
         '{"id": "half \\ud800", "image": "a.png", "regions": [[0, 0, 9, 9]], "question": "half \\ud800"}',
         '{"image": "a.png", "regions": [{"box": [0, 0, 9, ' + "9" * 5000 + "]}]}",
@@ -66,7 +69,7 @@ def test_bad_lines_become_error_rows_and_the_others_go_on(reference: Engine, fol
         file.write(b"\xff\xfe\n")
     totals = run_batch(reference, source, folder / "out.jsonl", max_tokens=3)
     out = rows(folder / "out.jsonl")
-    assert [row["line"] for row in out] == [*range(1, 14), *range(15, 22)]
+    assert [row["line"] for row in out] == [*range(1, 14), *range(15, 25)]
     assert [row["id"] for row in out if "error" not in row] == ["good", 5]
     messages = {row["line"]: row["error"] for row in out if "error" in row}
     for line, part in {
@@ -82,15 +85,18 @@ def test_bad_lines_become_error_rows_and_the_others_go_on(reference: Engine, fol
         11: "image: Field required",
         12: "valid dictionary",
         13: "question: Input should be a valid string",
-        15: "max_tokens: expected at least 1, got 0",
+        15: "max_tokens: expected at least 1 (and at most 1000000), got 0",
         16: "choices: only with a question",
-        17: "unknown field 'questoin', did you mean 'question'?",
-        18: "question: half a character",
-        19: "not JSON",
-        21: "not JSON",
+        17: "request cannot be prepared",
+        18: "cannot be used",
+        19: "cannot be used",
+        20: "unknown field 'questoin', did you mean 'question'?",
+        21: "question: half a character",
+        22: "not JSON",
+        24: "not JSON",
     }.items():
         assert part in messages[line], (line, messages[line])
-    assert (totals.rows, totals.errors, totals.regions) == (20, 18, 2)
+    assert (totals.rows, totals.errors, totals.regions) == (23, 21, 2)
     assert not (folder / "out.jsonl.partial").exists()
 
 

@@ -180,6 +180,8 @@ def test_load_refuses_nonsense(mini: Path) -> None:
         garserve.load(mini, "tensorrt")  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="max_num_tiles: expected 1 to 36, got 40"):
         garserve.load(mini, "reference", max_num_tiles=40)
+    with pytest.raises(RequestError, match="batch_size: expected at least 1, got 'abc'"):
+        garserve.load(mini, "reference", batch_size="abc")
     with pytest.raises(RequestError, match="dtype: expected float32"):
         garserve.load(mini, "reference", dtype="float8")
 

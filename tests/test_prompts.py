@@ -143,6 +143,7 @@ def test_text_survives_the_tokenizer(processor: Processor) -> None:
         (RegionRequest("x", [BOX, BOX], "What is <Prompt1>?", focus=[0]), "names <Prompt1>"),
         (RegionRequest("x", [BOX], "  "), "question: expected a text"),
         (RegionRequest("x", [BOX], "q", max_tokens=0), "max_tokens: expected at least 1"),
+        (RegionRequest("x", [BOX], "q", max_tokens=2**70), "max_tokens: expected at least 1 .and at most"),
         (RegionRequest("x", [BOX], "q", temperature=-1), "temperature: expected 0 to 2"),
         (RegionRequest("x", [BOX], "q", temperature=float("nan")), "temperature: expected 0 to 2"),
         (RegionRequest("x", [BOX], "q", temperature=1e300), "temperature: expected 0 to 2"),

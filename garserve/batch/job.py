@@ -28,6 +28,8 @@ class Totals:
 
 def check_paths(source: Path, target: Path) -> None:
     """Check that the output can be written and is not the input; RequestError where not."""
+    if not source.is_file():
+        raise RequestError(f"input {source}: expected a regular file (it is read twice)")
     if not target.parent.is_dir():
         raise RequestError(f"output {target}: no such folder: {target.parent}")
     if target.exists() and (not target.is_file() or target.samefile(source)):

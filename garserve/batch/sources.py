@@ -105,3 +105,5 @@ def _read_line(number: int, raw: bytes, folder: Path, max_tokens: int) -> Line:
         return Line(number, identity, error)
     except (ValueError, RecursionError) as error:  # broken syntax, broken UTF-8, numbers of thousands of digits
         return Line(number, identity, RequestError(f"not JSON ({error})"))
+    except (TypeError, LookupError, ArithmeticError) as error:  # values of a kind that no field takes
+        return Line(number, identity, RequestError(f"cannot be used ({type(error).__name__}: {error})"))

@@ -10,6 +10,7 @@ from garserve.inputs.regions import Region
 from garserve.inputs.tokenizer import PROMPT_NAME
 
 _HOTTEST = 2  # vLLM's own limit
+_LONGEST = 1_000_000  # tokens of an answer, beyond any decoder's length
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ class RegionRequest:
         return list(self.focus) if self.focus is not None else list(range(len(self.regions)))
 
     def _check_sampling(self) -> None:
-        if type(self.max_tokens) is not int or self.max_tokens < 1:
-            raise RequestError(f"max_tokens: expected at least 1, got {self.max_tokens!r:.80}")
+        if type(self.max_tokens) is not int or not 1 <= self.max_tokens <= _LONGEST:
+            raise RequestError(f"max_tokens: expected at least 1 (and at most {_LONGEST}), got {self.max_tokens!r:.80}")
         if type(self.temperature) not in (int, float) or not 0 <= self.temperature <= _HOTTEST:
             raise RequestError(f"temperature: expected 0 to {_HOTTEST}, got {self.temperature!r:.80}")
         if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 2**63):

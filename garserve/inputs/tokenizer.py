@@ -23,6 +23,8 @@ class GARTokenizer:
             self._full = Tokenizer.from_str(json.dumps(data))
             # A twin that knows no special token at all: whatever a user writes comes out of it as ordinary text.
             self._text = Tokenizer.from_str(json.dumps({**data, "added_tokens": [], "post_processor": None}))
+            self._text.no_truncation()
+            self._text.no_padding()
             self._special = {str(token["content"]): int(token["id"]) for token in data["added_tokens"]}
         except Exception as error:  # the library raises bare Exceptions
             raise CheckpointError(f"{path}: not a tokenizer ({error})") from None

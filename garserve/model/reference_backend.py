@@ -24,8 +24,10 @@ class ReferenceBackend:
         """Load the weights in `dtype` and start the thread; at most `batch_size` requests are decoded together."""
         try:
             torch_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
-        except KeyError:
+        except (KeyError, TypeError):
             raise RequestError(f"dtype: expected float32, bfloat16 or float16, got {dtype!r}") from None
+        if type(batch_size) is not int or batch_size < 1:
+            raise RequestError(f"batch_size: expected at least 1, got {batch_size!r:.80}")
         self.model = ReferenceGAR.load(checkpoint, torch_dtype)
         self._batch_size = batch_size
         self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()

@@ -8,6 +8,7 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,8 @@ class EngineDriver:
                 running.engine_id = self._add(number, prepared, sampling)
             except Exception as error:  # vLLM refuses requests with several kinds of error
                 del self._running[number]
+                with suppress(Exception):  # it may be known to vLLM in part already
+                    self.engine.abort_request([number])
                 deliver(on_report, RequestError(f"refused by vLLM: {error}"))
 
         def cancel() -> None:
@@ -159,7 +162,8 @@ class EngineDriver:
         error = GarserveError(f"the engine has stopped: {self._dead}")
         while not self._inbox.empty():
             if (command := self._inbox.get()) is not None:
-                command()
+                with suppress(Exception):  # whoever waits is told below
+                    command()
         for running in self._running.values():
             deliver(running.on_report, error)
         self._running.clear()
