@@ -1,19 +1,17 @@
-"""The command line (floor 7): parses arguments, shows results. Everything that computes lives below."""
+"""The command line (floor 9): parses arguments, shows results. Everything that computes lives below."""
 
 import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from garserve import __version__
+from garserve.cli_eval import evaluations
 from garserve.cli_options import (
     AskOption,
     Backend,
@@ -36,18 +34,17 @@ from garserve.cli_options import (
     VerboseOption,
     WidthOption,
     XywhOption,
-    parse_engine_options,
     parse_regions,
     printable,
 )
+from garserve.cli_shared import console, open_engine, status_console
 from garserve.errors import GarserveError
 
 if TYPE_CHECKING:
-    from garserve.engine import Answer, Engine
+    from garserve.engine import Answer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-console = Console()
-status_console = Console(stderr=True)
+app.add_typer(evaluations, name="eval")
 
 
 @app.callback(invoke_without_command=True)
@@ -56,22 +53,6 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
     if version:
         console.print(__version__)
         raise typer.Exit
-
-
-@contextmanager
-def _engine(
-    checkpoint: str, backend: str, options: list[str] | None, verbose: bool, **choices: Any
-) -> "Iterator[Engine]":
-    """Load an engine behind a spinner, and close it."""
-    from garserve.engine import load
-
-    extra: dict[str, Any] = parse_engine_options(options) | choices
-    if backend == "vllm":
-        extra.setdefault("verbose", verbose)
-    with status_console.status(f"Loading {checkpoint} ({backend}) ..."):
-        engine = load(checkpoint, backend, **extra)  # type: ignore[arg-type]
-    with engine:
-        yield engine
 
 
 def _row(answer: "Answer", name: str) -> dict[str, Any]:
@@ -136,7 +117,7 @@ def describe(
     if image_out is not None:
         check_target(image_out)
     choices = {"max_num_tiles": max_num_tiles, "box_scale": box_scale}
-    with _engine(checkpoint, backend, engine_option, verbose, **choices) as engine:
+    with open_engine(checkpoint, backend, engine_option, verbose, **choices) as engine:
         if ask is None:
             with status_console.status(f"Describing {len(regions)} regions ..."):
                 answers = engine.describe(pixels, regions, max_tokens=max_tokens)
@@ -178,7 +159,7 @@ def batch(
 
     check_paths(input_file, output)
     choices = {"max_num_tiles": max_num_tiles, "box_scale": box_scale}
-    with _engine(checkpoint, backend, engine_option, verbose, **choices) as engine:
+    with open_engine(checkpoint, backend, engine_option, verbose, **choices) as engine:
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
         with Progress(*columns, console=status_console) as progress:
             task = progress.add_task("rows", total=count_lines(input_file))
@@ -231,7 +212,7 @@ def demo(
     from garserve.demo import NOTE, run_demo
 
     rows = []
-    with _engine(str(_demo_checkpoint(folder)), backend, None, verbose) as engine:
+    with open_engine(str(_demo_checkpoint(folder)), backend, None, verbose) as engine:
         for name, answer in run_demo(engine, folder / "regions.png"):
             rows.append(_row(answer, name))
     _show(rows, as_json=False)

@@ -13,7 +13,10 @@ from garserve.inputs.regions import Region
 CheckpointOption = Annotated[
     str,
     typer.Option(
-        "--checkpoint", "-c", envvar="GARSERVE_CHECKPOINT", help="GAR checkpoint: a folder, or a Hugging Face repo id."
+        "--checkpoint",
+        "-c",
+        envvar="GARSERVE_CHECKPOINT",
+        help="GAR checkpoint: a folder, or a Hugging Face repo id.",
     ),
 ]
 Backend = Annotated[Literal["vllm", "reference"], typer.Option(help="What decodes.")]
@@ -25,6 +28,7 @@ BoxScaleOption = Annotated[
     Literal["released", "geometric"] | None,
     typer.Option(help="How a box becomes feature cells (default: the checkpoint's own)."),
 ]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Ask only so many questions, evenly taken.")]
 EngineOption = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=VALUE", help="An option of the backend, such as max_model_len=8192; may be repeated."),

@@ -115,6 +115,8 @@ class _Strict(BaseModel):
 
 _Size = Annotated[int, Field(gt=0, le=10_000_000)]
 _Layers = Annotated[int, Field(gt=0, le=1000)]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Spread = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class _Text(_Strict):
@@ -129,6 +131,8 @@ class _Text(_Strict):
     num_attention_heads: _Size
     num_key_value_heads: _Size | None = None
     head_dim: _Size | None = None
+    attention_bias: Literal[False] = False  # released models have none, and nothing here would read one
+    mlp_bias: Literal[False] = False
 
 
 class _ModelArgs(_Strict):
@@ -174,8 +178,8 @@ class _File(_Strict):
 class _Preprocessor(_Strict):
     max_num_tiles: int = Field(default=36, ge=1, le=36)
     tile_size: int = Field(default=448, gt=0)
-    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_mean: tuple[_Finite, _Finite, _Finite] = (0.5, 0.5, 0.5)
+    image_std: tuple[_Spread, _Spread, _Spread] = (0.5, 0.5, 0.5)
     vision_input_type: Literal["thumb+tile"] = "thumb+tile"
 
 

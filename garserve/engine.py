@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from garserve.checkpoint import Checkpoint
 from garserve.config import BoxScale
@@ -66,6 +66,8 @@ def load(
     "vllm" its EngineArgs, `separate_process` and `verbose`; for "reference" `dtype` and `batch_size`.
     Raises CheckpointError where the checkpoint is not a whole GAR model.
     """
+    if box_scale not in (None, *get_args(BoxScale)):
+        raise RequestError(f"box_scale: expected {' or '.join(get_args(BoxScale))}, got {box_scale!r:.80}")
     opened = Checkpoint.open(checkpoint)
     if box_scale is not None:
         opened = replace(opened, config=opened.config.with_box_scale(box_scale))

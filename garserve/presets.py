@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-PresetName = Literal["GAR-1B", "GAR-8B", "mini"]
+PresetName = Literal["GAR-1B", "GAR-8B", "mini", "tiny"]
 
 _LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
@@ -21,7 +21,8 @@ def preset(name: PresetName) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return `config.json` and `preprocessor_config.json` of a model by name.
 
     "GAR-1B" and "GAR-8B" have the released shapes; "mini" has every part of GAR-1B at a size that a laptop runs in
-    milliseconds (tiles of 112 pixels, 16 tokens a tile).
+    milliseconds (tiles of 112 pixels, 16 tokens a tile); "tiny" is the shape of the trained checkpoint that comes
+    with garserve (one tile of 168 pixels, 49 tokens).
     """
     if name == "GAR-1B":
         vision = {
@@ -31,7 +32,7 @@ def preset(name: PresetName) -> tuple[dict[str, Any], dict[str, Any]]:
             "init_values": 0.1,
             "ref_feat_shape": [32, 32],
         }
-        text = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64}
+        text: dict[str, Any] = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64}
         return _files("vit_pe_core_large_patch14_336", vision, text, factor=32.0, tied=False, max_num_tiles=16)
     if name == "GAR-8B":
         vision = {
@@ -63,7 +64,32 @@ def preset(name: PresetName) -> tuple[dict[str, Any], dict[str, Any]]:
             base=512,
             dtype="float32",
         )
-    raise ValueError(f"preset: expected GAR-1B, GAR-8B or mini, got {name!r}")
+    if name == "tiny":
+        vision = {"embed_dim": 128, "depth": 5, "num_heads": 4, "img_size": [168, 168], "init_values": 0.1}
+        text = {
+            "hidden_size": 192,
+            "intermediate_size": 384,
+            "num_hidden_layers": 5,
+            "head_dim": 32,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 2048,
+            "rope_theta": 10000.0,
+            "rope_scaling": None,
+        }
+        return _files(
+            "vit_pe_core_large_patch14_336",
+            {**vision, "ref_feat_shape": [21, 21]},
+            text,
+            factor=32.0,
+            tied=True,
+            max_num_tiles=1,
+            base=640,
+            dtype="float32",
+            patch=8,
+            pooling=3,
+        )
+    raise ValueError(f"preset: expected GAR-1B, GAR-8B, mini or tiny, got {name!r}")
 
 
 def _files(
@@ -76,6 +102,8 @@ def _files(
     max_num_tiles: int,
     base: int = _RELEASED_BASE,
     dtype: str = "bfloat16",
+    patch: int = 14,
+    pooling: int = 2,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     size = vision["img_size"][0]
     text_config = {
@@ -101,15 +129,15 @@ def _files(
         "dtype": dtype,
         "crop_tokens_ids": [base + offset for offset in _CROP_OFFSETS],
         "prompt_numbers": len(_CROP_OFFSETS),
-        "kernel_size": [14, 14],
-        "patch_size_h": 14,
-        "patch_size_w": 14,
+        "kernel_size": [patch, patch],
+        "patch_size_h": patch,
+        "patch_size_w": patch,
         "mask_path_embedding_out_channels": vision["embed_dim"],
         "mllm_config": {
             "model_type": "perception_lm",
             "image_token_id": base + 2,
             "video_token_id": base + 3,
-            "projector_pooling_ratio": 2,
+            "projector_pooling_ratio": pooling,
             "vision_use_cls_token": architecture.startswith("vit_pe_core_large"),
             "text_config": text_config,
             "vision_config": {

@@ -166,11 +166,21 @@ def test_a_pickle_is_refused_and_never_opened(mini_copy: Path) -> None:
         (lambda d: d.update(crop_tokens_ids=[1, 2, 3, 4, 10**9]), "crop_tokens_ids: expected ids"),
         (lambda d: d.update(prompt_numbers=4), "prompt_numbers: expected one per crop token"),
         (lambda d: d.update(replay_box_scale="other"), "field replay_box_scale"),
+        (lambda d: d["mllm_config"]["text_config"].update(attention_bias=True), "field attention_bias"),
+        (lambda d: d["mllm_config"]["text_config"].update(mlp_bias=True), "field mlp_bias"),
     ],
 )
 def test_configs_of_other_models(mini_copy: Path, change: Callable[[dict], object], message: str) -> None:
     edit_config(mini_copy, change)
     with pytest.raises(CheckpointError, match=message):
+        Checkpoint.open(mini_copy)
+
+
+@pytest.mark.parametrize("std", [[0.5, 0, 0.5], [0.5, float("nan"), 0.5], [-1, 1, 1]])
+def test_pixels_cannot_be_divided_by_nothing(mini_copy: Path, std: list[float]) -> None:
+    path = mini_copy / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_std": std}))
+    with pytest.raises(CheckpointError, match=r"preprocessor_config.json: field image_std"):
         Checkpoint.open(mini_copy)
 
 

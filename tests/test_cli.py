@@ -116,7 +116,7 @@ def test_help_is_quick_and_names_every_command() -> None:
         check=True,
         cwd=ROOT,
     )
-    for name in ("describe", "batch", "doctor", "demo"):
+    for name in ("describe", "batch", "doctor", "demo", "eval"):
         assert name in done.stdout
     assert "| torch\n" not in done.stderr
 

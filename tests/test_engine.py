@@ -182,6 +182,8 @@ def test_load_refuses_nonsense(mini: Path) -> None:
         garserve.load(mini, "reference", max_num_tiles=40)
     with pytest.raises(RequestError, match="batch_size: expected at least 1, got 'abc'"):
         garserve.load(mini, "reference", batch_size="abc")
+    with pytest.raises(RequestError, match="box_scale: expected released or geometric, got 'bogus'"):
+        garserve.load(mini, "reference", box_scale="bogus")  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="dtype: expected float32"):
         garserve.load(mini, "reference", dtype="float8")
 

@@ -26,12 +26,15 @@ FLOORS = {
     "garserve.batch": 6,
     "garserve.serving": 6,
     "garserve.conformance": 6,
+    "garserve.evaluation": 7,
     "garserve.pictures": 6,
     "garserve.demo": 7,
     "garserve.doctor": 6,
     "garserve.cli_options": 6,
-    "garserve.cli": 8,
-    "garserve.__main__": 9,
+    "garserve.cli_shared": 7,
+    "garserve.cli_eval": 8,
+    "garserve.cli": 9,
+    "garserve.__main__": 10,
 }
 
 

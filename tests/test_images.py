@@ -38,6 +38,11 @@ def test_one_picture_by_every_road(colours: np.ndarray, tmp_path) -> None:
         assert np.array_equal(loaded, colours)
 
 
+def test_exif_data_that_cannot_be_read_say_nothing(colours: np.ndarray) -> None:
+    for broken in (b"MM\x00*", b"XX\x00*\x00\x00\x00\x08\x00\x01"):
+        assert np.array_equal(load_image(png(Image.fromarray(colours), exif=b"Exif\x00\x00" + broken)), colours)
+
+
 def test_exif_orientation_is_applied(colours: np.ndarray) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees clockwise to see it upright

@@ -33,6 +33,7 @@ class RequestLine(BaseModel):
     seed: int | None = None
     focus: list[int] | None = None
     prompt_index: int | None = None
+    check_names: bool = True
 
     @model_validator(mode="before")
     @classmethod
@@ -56,6 +57,8 @@ class RequestLine(BaseModel):
             seed=self.seed,
             focus=self.focus,
             prompt_index=self.prompt_index,
+            id=None if self.id is None else str(self.id),
+            check_names=self.check_names,
         )
 
     def _asked(self) -> str | None:

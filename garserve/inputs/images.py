@@ -117,7 +117,7 @@ def _open_bytes(source: str | os.PathLike[str] | bytes) -> tuple[BinaryIO, str]:
 
 def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> NDArray[np.uint8]:
     _check_size(image, name, max_pixels)
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
@@ -128,6 +128,15 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> NDArray[np.uint8]
         canvas.alpha_composite(image)
         image = canvas
     return np.array(image.convert("RGB"), dtype=np.uint8)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF data say; data that cannot be read say nothing."""
+    image.load()
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # Pillow's reader of EXIF raises whatever it stumbles over
+        return image
 
 
 def _from_wide(image: Image.Image, name: str) -> Image.Image:

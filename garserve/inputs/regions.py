@@ -151,6 +151,8 @@ def normalised_box(mask: Mask) -> Box:
 
 def _numbers(kind: str, values: Any, count: int | None = None) -> Any:
     try:
+        if isinstance(values, str | bytes) or any(isinstance(value, str | bytes | bool) for value in values):
+            raise TypeError
         numbers = tuple(float(value) for value in values)
     except (TypeError, ValueError):
         raise RegionError(f"{kind}: expected numbers, got {values!r:.80}") from None

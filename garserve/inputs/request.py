@@ -30,6 +30,9 @@ class RegionRequest:
     the prompt, while the image is still encoded with all of them marked: requests that differ in `focus` or question
     share the image's encoding and its KV blocks. `turns` continue the conversation, the last one being the user's.
 
+    A question that names a region which the prompt does not list is refused, unless `check_names` is false: then the
+    model is asked, and may say so itself.
+
     Tokens are the most probable ones at `temperature` 0; `max_tokens` bounds the answer.
     """
 
@@ -44,6 +47,7 @@ class RegionRequest:
     prompt_index: int | None = None  # which <PromptK> names the region of the single-region form; the authors' is 1
     turns: Sequence[Turn] = field(default_factory=tuple)
     id: str | None = None
+    check_names: bool = True
 
     def parsed_regions(self) -> list[Region]:
         """Return the regions as Region objects; RequestError where there is none."""
@@ -116,6 +120,8 @@ class RegionRequest:
             _check_text(f"turns[{position}]", turn.text, empty=turn.role == "assistant")
         if self.turns and self.turns[-1].role != "user":
             raise RequestError("turns: the last one must be the user's")
+        if not self.check_names:
+            return
         texts = [("question", self.question or "")]
         texts += [(f"turns[{i}]", turn.text) for i, turn in enumerate(self.turns) if turn.role == "user"]
         for where, text in texts:

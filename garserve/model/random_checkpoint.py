@@ -61,10 +61,15 @@ def write_random_checkpoint(
     if HEAD in tensors:
         tensors[HEAD][base:] = 0  # noise reads better without control tokens
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_files(folder, config, preprocessor, _WORDS)
+    return folder
+
+
+def write_files(folder: Path, config: dict[str, Any], preprocessor: dict[str, Any], words: str) -> None:
+    """Write everything but the weights: configs, chat template, and a tokenizer that knows the words of a text."""
     _write_json(folder / "config.json", config)
     _write_json(folder / "preprocessor_config.json", preprocessor)
-    _write_tokenizer(folder, base)
-    return folder
+    _write_tokenizer(folder, config["mllm_config"]["image_token_id"] - 2, words)
 
 
 def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -93,20 +98,20 @@ def special_tokens() -> list[str]:
     return [*named, *(f"<Prompt{number}>" for number in range(5)), "<NO_Prompt>"]
 
 
-def _write_tokenizer(folder: Path, base: int) -> None:
-    """Byte-level BPE of `base` ordinary tokens: bytes, merges of a few words, and unused ones up to the size."""
+def _write_tokenizer(folder: Path, base: int, words: str) -> None:
+    """Byte-level BPE of `base` ordinary tokens: bytes, merges of some words, and unused ones up to the size."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
     split = pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=min(base, 512),
+        vocab_size=min(base, 1024),
         min_frequency=1,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([_WORDS], trainer)
+    tokenizer.train_from_iterator([words], trainer)
     missing = base - tokenizer.get_vocab_size()
     tokenizer.add_tokens([f"\u2063{number}" for number in range(missing)])
     tokenizer.add_special_tokens(special_tokens())

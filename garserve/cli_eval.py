@@ -1,0 +1,71 @@
+"""`garserve eval`: how often a checkpoint tells the truth (floor 8)."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from garserve.cli_options import Backend, CheckpointOption, EngineOption, JsonOption, LimitOption, VerboseOption
+from garserve.cli_shared import console, open_engine, status_console
+from garserve.errors import RequestError
+from garserve.evaluation.part import Part
+
+evaluations = typer.Typer(no_args_is_help=True)
+_COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeElapsedColumn(),
+    TimeRemainingColumn(),
+)
+
+
+@evaluations.callback()
+def root() -> None:
+    """Measure how often a checkpoint tells the truth."""
+
+
+@evaluations.command()
+def tiny(
+    data: Annotated[Path, typer.Argument(help="Folder with questions.jsonl and the images that it names.")],
+    checkpoint: CheckpointOption,
+    limit: LimitOption = None,
+    ablation: Annotated[
+        list[Part] | None, typer.Option(help="Also without this part (reference backend only); may be repeated.")
+    ] = None,
+    answers: Annotated[
+        Path | None, typer.Option(help="Write every question and answer here, one JSON object a line.")
+    ] = None,
+    backend: Backend = "vllm",
+    engine_option: EngineOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Ask questions with known answers (from tools/train_tiny/make_eval.py), and print how many are answered truly.
+
+    The true answers are in the words that a tiny checkpoint is taught; other checkpoints answer in their own.
+    """
+    from garserve.evaluation.questions import read_questions
+    from garserve.evaluation.report import check_target, json_report, show_report, write_answers
+    from garserve.evaluation.run import run_evaluations
+
+    parts = list(dict.fromkeys(ablation or []))
+    if parts and backend != "reference":
+        raise RequestError(f"--ablation: expected --backend reference, got {backend}")
+    if answers is not None:
+        check_target(answers)
+    questions = read_questions(data, limit)
+    with (
+        open_engine(checkpoint, backend, engine_option, verbose) as engine,
+        Progress(*_COLUMNS, console=status_console) as progress,
+    ):
+        task = progress.add_task("questions", total=len(questions) * (1 + len(parts)))
+        results = run_evaluations(engine, questions, parts, on_answer=lambda: progress.advance(task))
+    if as_json:
+        typer.echo(json.dumps(json_report(results, checkpoint, backend), indent=2))
+    else:
+        show_report(console, results, f"{checkpoint} on {backend}")
+    if answers is not None:
+        write_answers(answers, results["whole"])

@@ -1,0 +1,31 @@
+"""What all commands share: the two consoles, and an engine behind a spinner (floor 7)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from garserve.cli_options import parse_engine_options
+
+if TYPE_CHECKING:
+    from garserve.engine import Engine
+
+console = Console()
+status_console = Console(stderr=True)
+
+
+@contextmanager
+def open_engine(
+    checkpoint: str, backend: str, options: list[str] | None, verbose: bool, **choices: Any
+) -> "Iterator[Engine]":
+    """Load an engine behind a spinner, and close it."""
+    from garserve.engine import load
+
+    extra: dict[str, Any] = parse_engine_options(options) | choices
+    if backend == "vllm":
+        extra.setdefault("verbose", verbose)
+    with status_console.status(f"Loading {checkpoint} ({backend}) ..."):
+        engine = load(checkpoint, backend, **extra)  # type: ignore[arg-type]
+    with engine:
+        yield engine

@@ -1,0 +1,44 @@
+"""The same model without one of its parts: what remains of the accuracy shows what the part is worth."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from garserve.engine import Engine
+from garserve.errors import RequestError
+from garserve.evaluation.part import Part
+from garserve.inputs.processor import Item
+from garserve.model.encoder import RegionEncoder
+from garserve.model.reference_backend import ReferenceBackend
+
+
+@contextmanager
+def without(part: Part, engine: Engine) -> Iterator[Engine]:
+    """Take out a part of a reference engine's model for a while.
+
+    "replay": the crop tokens' features are zero. "mask": the tower's mask embedding is zero.
+    """
+    if not isinstance(engine.backend, ReferenceBackend):
+        raise RequestError(f"ablation: expected the reference backend, got {engine.backend.name!r}")
+    encoder = engine.backend.model.encoder
+    if part is Part.replay:
+        whole = RegionEncoder._embed
+
+        def silent(item: Item, features: torch.Tensor) -> torch.Tensor:
+            rows = whole(encoder, item, features)
+            return rows if item.roi is None else torch.zeros_like(rows)
+
+        encoder._embed = silent  # type: ignore[method-assign]
+        try:
+            yield engine
+        finally:
+            del encoder._embed
+        return
+    weight = encoder.tower.mask_patch_embedding.weight
+    kept = weight.detach().clone()
+    try:
+        weight.data.zero_()
+        yield engine
+    finally:
+        weight.data.copy_(kept)

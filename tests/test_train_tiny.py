@@ -1,0 +1,216 @@
+"""How the tiny checkpoint is taught: its sequences are the prompts that garserve makes, its answers are true."""
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from garserve.checkpoint import Checkpoint, expected_tensors
+from garserve.inputs.processor import Processor
+from garserve.inputs.request import RegionRequest, Turn
+from garserve.model.random_checkpoint import write_files, write_random_checkpoint
+from garserve.model.reference import ReferenceGAR
+from garserve.presets import preset
+from tests.train_tiny import training_module
+
+pictures, questions, sequences = (training_module(name) for name in ("pictures", "questions", "sequences"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """The files that training starts from, with random weights."""
+    folder = write_random_checkpoint(tmp_path_factory.mktemp("tiny"), "tiny")
+    config, preprocessor = preset("tiny")
+    write_files(folder, config | {"replay_box_scale": "geometric"}, preprocessor, questions.vocabulary())
+    return Checkpoint.open(folder)
+
+
+@pytest.fixture(scope="module")
+def maker(checkpoint: Checkpoint) -> object:
+    return sequences.ExampleMaker(checkpoint.folder, checkpoint.config)
+
+
+@pytest.fixture(scope="module")
+def shown() -> object:
+    image = np.full((120, 160, 3), (200, 200, 190), np.uint8)
+    masks = []
+    boxes = ((10, 10, 50, 60), (90, 20, 150, 50), (60, 70, 75, 110))
+    for (x1, y1, x2, y2), colour in zip(boxes, ((200, 20, 20), (20, 40, 210), (10, 130, 20)), strict=True):
+        image[y1:y2, x1:x2] = colour
+        mask = np.zeros((120, 160), bool)
+        mask[y1:y2, x1:x2] = True
+        masks.append(mask)
+    return pictures.Picture(image, masks)
+
+
+def prompts(processor: Processor, example: object, request: RegionRequest) -> list[tuple[list[list[int]], list[int]]]:
+    """For each branch of an example: the prompts that garserve makes of its last question, and the branch's tokens.
+
+    There are two prompts, with the usual text of the system and without; the example has one of them.
+    """
+    ids, branch = example.ids.tolist(), example.branch.tolist()
+    pairs = []
+    for number, turns in enumerate(example.branches, start=1):
+        tokens = [token for token, owner in zip(ids, branch, strict=True) if owner in (0, number)]
+        said: list[Turn] = []
+        for earlier, later in pairwise(turns):
+            said += [Turn("assistant", earlier.answer), Turn("user", later.text)]
+        asked = replace(request, question=turns[0].text, turns=said, check_names=False)
+        pairs.append(([processor(replace(asked, system=system)).token_ids for system in (None, "")], tokens))
+    return pairs
+
+
+def test_sequences_are_the_prompts_that_garserve_makes(checkpoint: Checkpoint, maker: object, shown: object) -> None:
+    processor = Processor(checkpoint.folder, checkpoint.config)
+    known = questions.Known.of(shown)
+    longest = 0
+    for seed in range(12):
+        example = maker.multi(known, np.random.default_rng(seed))
+        crops = checkpoint.config.crop_token_ids
+        listed = [crops.index(token) for token in dict.fromkeys(example.ids.tolist()) if token in crops]
+        request = RegionRequest(shown.image, shown.masks, focus=listed)
+        for turns, (possible, tokens) in zip(example.branches, prompts(processor, example, request), strict=True):
+            end = [*maker.tokenizer.encode(turns[-1].answer), maker.end]
+            assert tokens in [prompt + end for prompt in possible]
+            longest = max(longest, len(turns))
+    assert longest == 3
+
+
+def test_single_region_form_with_turns(checkpoint: Checkpoint, maker: object, shown: object) -> None:
+    processor = Processor(checkpoint.folder, checkpoint.config)
+    for seed in range(6):
+        known = questions.Known.of(pictures.Picture(shown.image, shown.masks[seed % 3 : seed % 3 + 1]))
+        example = maker.single(known, np.random.default_rng(seed))
+        number = next(k for k, token in enumerate(checkpoint.config.crop_token_ids) if token in example.ids.tolist())
+        request = RegionRequest(shown.image, known.picture.masks, prompt_index=number)
+        ((possible, tokens),) = prompts(processor, example, request)
+        end = [*maker.tokenizer.encode(example.asked[-1].answer), maker.end]
+        assert tokens in [prompt + end for prompt in possible]
+
+
+def test_packed_training_is_the_reference(checkpoint: Checkpoint, maker: object, shown: object) -> None:
+    """The first logits of every branch of one packed pass are those of the reference for that request alone."""
+    model = training_module("network").TrainedGAR(checkpoint.config).eval()
+    reference = ReferenceGAR.load(checkpoint)
+    missing, unexpected = model.load_state_dict(reference.state_dict(), strict=False)
+    assert not unexpected
+    assert all(name.startswith(("hint", "squeeze", "named", "found")) for name in missing)
+    processor = Processor(checkpoint.folder, checkpoint.config)
+    known = questions.Known.of(shown)
+    example = next(
+        one
+        for one in (maker.multi(known, np.random.default_rng(seed)) for seed in range(50))
+        if len(one.down) == 3 and max(map(len, one.branches)) == 1
+    )
+    requests = [RegionRequest(shown.image, shown.masks, one.text, check_names=False) for one in example.asked]
+    _, expected = reference.generate([processor(one) for one in requests], [1] * len(requests), maker.end)
+    batch = sequences.collate([example])
+    with torch.inference_mode():
+        hidden = model._decode(batch, *model._encode(batch)).last_hidden_state[0]
+        answers = example.answers
+        before = torch.cat([answers[1:] & ~answers[:-1], torch.tensor([False])])
+        logits = model.language_model.lm_head(hidden[before])
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_every_hint_and_answer_can_be_learnt(checkpoint: Checkpoint, maker: object, shown: object) -> None:
+    """A few steps on one batch lower every loss; a frozen tower stays as it is."""
+    train = training_module("train")
+    torch.manual_seed(0)
+    model = training_module("network").TrainedGAR(checkpoint.config)
+    optimizers = train._optimizers(model, 1e-3)
+    known = questions.Known.of(shown)
+    parts = sequences.collate_by_length([maker.multi(known, np.random.default_rng(seed)) for seed in (1, 2)], 2)
+    weight = model.encoder.tower.blocks[0].attn.qkv.weight
+    before = weight.detach().clone()
+    rows = [train.train_step(model, optimizers, parts, 1e-3, decoder=True, frozen=True) for _ in range(6)]
+    assert torch.equal(weight, before)
+    assert rows[-1]["answers"] < rows[0]["answers"] - 1
+    assert rows[-1]["hints"] < rows[0]["hints"] - 1
+    rows = [train.train_step(model, optimizers, parts, 1e-3, decoder=False, frozen=False) for _ in range(6)]
+    assert not torch.equal(weight, before)
+    assert rows[-1]["hints"] < rows[0]["hints"]
+    assert rows[-1]["answers"] == 0
+
+
+def test_training_goes_on_where_it_stopped(
+    checkpoint: Checkpoint, maker: object, shown: object, tmp_path: Path
+) -> None:
+    train = training_module("train")
+    known = questions.Known.of(shown)
+    parts = sequences.collate_by_length([maker.multi(known, np.random.default_rng(4))], 1)
+
+    def fresh(seed: int) -> tuple:
+        torch.manual_seed(seed)
+        model = training_module("network").TrainedGAR(checkpoint.config)
+        return model, train._optimizers(model, 1e-3)
+
+    model, optimizers = fresh(0)
+    train.train_step(model, optimizers, parts, 1e-3, decoder=True, frozen=False)
+    train._save(tmp_path, model, optimizers, 1)
+    after = train.train_step(model, optimizers, parts, 1e-3, decoder=True, frozen=False)
+    resumed, others = fresh(1)
+    assert train._resume(tmp_path, resumed, others) == 1
+    again = train.train_step(resumed, others, parts, 1e-3, decoder=True, frozen=False)
+    assert again == pytest.approx(after, rel=1e-4, nan_ok=True)
+    for one, other in zip(model.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)  # threads add in any order
+    saved = load_file(tmp_path / "model.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == expected_tensors(checkpoint.config)
+    assert (tmp_path / "model.safetensors").stat().st_size <= 12_000_000
+
+
+def test_questions_are_true(shown: object) -> None:
+    known = questions.Known.of(shown)
+    rng = np.random.default_rng(0)
+    names = ["<Prompt0>", "<Prompt1>", "<Prompt2>"]
+    asked = [one for _ in range(60) for one in questions.questions(known, range(3), names, 8, rng)]
+    by_text = {one.text: one.answer for one in asked}
+    assert by_text["What colour is <Prompt0>?"] == "<Prompt0> is red."
+    assert by_text["Where is <Prompt0>?"] == "<Prompt0> is at the top left of the image."
+    assert by_text["Where is <Prompt0> relative to <Prompt1>?"] == "<Prompt0> is left of <Prompt1>."
+    assert by_text["Which region is the smallest?"] == "<Prompt2> is the smallest."
+    assert by_text["Is <Prompt1> larger than <Prompt2>?"] == "Yes."
+    not_given = [one for one in asked if one.form == "not given"]
+    assert {one.answer for one in not_given} == {"<Prompt3> was not given.", "<Prompt4> was not given."}
+    assert all(one.answer[:9] in one.text for one in not_given)
+    choices = [one for one in asked if one.form == "choice" and one.attribute == "colour"]
+    assert len(choices) > 5
+    for one in choices:
+        option = next(line for line in one.text.splitlines() if line.startswith(f"{one.answer}. "))
+        region = next(name for name in names if name in one.text)
+        assert option[3:] == dict(zip(names, ("red", "blue", "green"), strict=True))[region]
+    for one in asked:
+        if one.form == "yes/no" and one.attribute == "colour":
+            region, word = one.text[3:12], one.text[13:-1]
+            assert one.answer == (
+                "Yes." if (region, word) in zip(names, ("red", "blue", "green"), strict=True) else "No."
+            )
+
+
+def test_no_question_about_a_part_of_the_truth(shown: object) -> None:
+    """What is at the top left is at the top, too; what lies inside also shares pixels: neither is asked."""
+    inner = np.zeros((120, 160), bool)
+    inner[20:40, 20:40] = True
+    known = questions.Known.of(pictures.Picture(shown.image, [shown.masks[0], inner]))
+    rng = np.random.default_rng(1)
+    drawn = [questions.questions(known, range(2), ["<Prompt0>", "<Prompt1>"], 8, rng) for _ in range(60)]
+    texts = {one.text for asked in drawn for one in asked}
+    assert "Is <Prompt0> at the bottom right of the image?" in texts
+    assert not texts & {"Is <Prompt0> at the top of the image?", "Is <Prompt0> at the left of the image?"}
+    assert "Is <Prompt1> around <Prompt0>?" in texts
+    assert "Is <Prompt1> overlapping <Prompt0>?" not in texts
+
+
+def test_the_same_seed_gives_the_same_example(maker: object, shown: object) -> None:
+    def make(rng: np.random.Generator) -> object:
+        return pictures.Picture(shown.image, [shown.masks[i] for i in rng.permutation(3)])
+
+    first, second = maker((1, 5), make), maker((1, 5), make)
+    assert first.ids.tolist() == second.ids.tolist()
+    assert torch.equal(first.tile, second.tile)
+    assert maker((1, 6), make).ids.tolist() != first.ids.tolist()

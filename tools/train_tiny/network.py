@@ -1,0 +1,252 @@
+"""The tiny GAR in training: garserve's own tower and projector, transformers' Llama, and heads that are dropped."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from attributes import COLOURS
+from sequences import COLOUR_UNKNOWN, Batch
+from torch import nn
+from torch.nn import functional
+from transformers import LlamaForCausalLM
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import rotate_half
+
+from garserve.config import GARConfig
+from garserve.model.encoder import RegionEncoder
+from garserve.model.reference import llama_config
+
+# Layers of the decoder after which it is asked what it has found out (0: the embeddings).
+_NAMED_AFTER, _FOUND_AFTER = 1, (2, 3)
+_PLACE_GAIN = 3.0
+_NAMING_LAYER, _POINTING_LAYER = 0, 1  # whose attention is taught, counted from 0
+_EVERY = 7  # of the crop tokens, this one is asked whom it belongs to: they are many
+
+
+@dataclass
+class Losses:
+    """Losses of one batch, and which questions were answered to the last token."""
+
+    answers: torch.Tensor
+    hints: torch.Tensor
+    right: list[list[bool]]
+    colour_right: float  # of the hint head: a first look at what the tower sees
+
+
+class TrainedGAR(nn.Module):
+    """Forward pass over padded sequences. Names of encoder and language_model are those of the reference.
+
+    Three kinds of heads give hints while it learns, and are no part of the checkpoint: what a region's replayed tokens
+    show (colour, box, area); at each crop token inside the decoder, whose region it is; and at each name of a region in
+    a question, again what that region shows. The attention of two layers is taught, too: of
+    crop tokens to their names, and of names in questions to their crop tokens. Without all this, a decoder of this
+    size takes hours to find out which tokens a name belongs to.
+    """
+
+    def __init__(self, config: GARConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = RegionEncoder(config)
+        self.language_model = LlamaForCausalLM(llama_config(config))
+        width, shown = config.hidden_size, len(COLOURS) + 5
+        self.squeeze = nn.Linear(width, 24)
+        self.hint = nn.Sequential(nn.Linear(24 * config.tokens_per_tile, 128), nn.GELU(), nn.Linear(128, shown))
+        self.named = nn.Linear(width, config.prompt_count)
+        self.found = nn.ModuleList(nn.Linear(width, shown) for _ in _FOUND_AFTER)
+        self.reset()
+
+    def reset(self) -> None:
+        """Draw the first weights."""
+        for name, weight in self.named_parameters():
+            if weight.ndim >= 2 and "pos_embed" not in name and "cls_token" not in name:
+                fan_in = weight[0].numel()
+                nn.init.normal_(weight, std=0.02 if "embed_tokens" in name else fan_in**-0.5)
+            elif "gamma" in name:
+                nn.init.constant_(weight, 0.5)
+            elif name.endswith("bias"):
+                nn.init.zeros_(weight)
+        for name, weight in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.data *= 0.5
+        self._reserve_places()
+
+    @torch.no_grad()
+    def _reserve_places(self) -> None:
+        """Let the tower begin with clear places: in channels of their own, into which nothing else writes yet."""
+        tower = self.encoder.tower
+        nn.init.normal_(tower.cls_token, std=0.3)
+        places = _PLACE_GAIN * _places(self.config.vision.grid)
+        channels = places.shape[1]
+        tower.pos_embed.zero_()
+        tower.pos_embed[0, 1:, :channels] = places
+        writers = [tower.patch_embed["proj"].weight, tower.mask_patch_embedding.weight, tower.cls_token[0, 0]]
+        for block in tower.blocks:
+            writers += [block.attn.proj.weight, block.mlp["fc2"].weight]
+        for writer in writers:
+            writer[:channels] = 0
+
+    def forward(self, batch: Batch, *, decoder: bool, frozen: bool = False) -> Losses:
+        """Compute a batch's losses: the tower's hints alone, or with the `decoder`. A `frozen` tower stays."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            features, regions = self._encode(batch)
+        guessed = self.hint(self.squeeze(regions).flatten(1))
+        everything = torch.arange(len(guessed))
+        hints = _shown_loss(guessed, batch, everything)
+        known = batch.colours != COLOUR_UNKNOWN
+        colour_right = float((guessed[known, :-5].argmax(-1) == batch.colours[known]).float().mean())
+        if not decoder:
+            return Losses(hints * 0, hints, [], colour_right)
+        answers, more, right = self._answer(batch, features, regions)
+        return Losses(answers, hints + more, right, colour_right)
+
+    def _encode(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the tiles' features [B, n², C] and the regions' replayed ones [R, n², C]."""
+        tower, projector = self.encoder.tower, self.encoder.projector
+        features = projector(tower(self.encoder.normalise(batch.tiles), batch.masks.float()))
+        n = self.config.tokens_per_side
+        maps = features.unflatten(1, (n, n))[batch.owner]
+        mixed = torch.einsum("rby,ryxc->rbxc", batch.down, maps)
+        return features, torch.einsum("rax,rbxc->rbac", batch.across, mixed).flatten(1, 2)
+
+    def _answer(
+        self, batch: Batch, features: torch.Tensor, regions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, list[list[bool]]]:
+        out = self._decode(batch, features, regions)
+        learnt = batch.answers.bool()
+        before = functional.pad(learnt[:, 1:], (0, 1))
+        logits = self.language_model.lm_head(out.last_hidden_state[before])
+        targets = batch.ids[learnt]
+        loss = functional.cross_entropy(logits, targets)
+        right = _whole_answers(batch, learnt, logits.argmax(-1) == targets)
+        return loss, self._inner_hints(batch, out.hidden_states), right
+
+    def _decode(self, batch: Batch, features: torch.Tensor, regions: torch.Tensor) -> BaseModelOutputWithPast:
+        """Run the decoder with the features at their placeholders, each branch seeing the prefix and itself."""
+        embeddings = self.language_model.get_input_embeddings()(batch.ids)
+        image = batch.ids == self.config.image_token_id
+        embeddings = embeddings.masked_scatter(image[..., None], torch.cat([features, features], dim=1))
+        embeddings = embeddings.masked_scatter(self._crops(batch)[..., None], regions)
+        length = batch.ids.shape[1]
+        same = batch.branch[:, :, None] == batch.branch[:, None, :]
+        allowed = (same | (batch.branch[:, None, :] == 0)) & torch.ones(length, length, dtype=torch.bool).tril()
+        return self.language_model.model(
+            inputs_embeds=embeddings,
+            attention_mask=allowed[:, None],
+            position_ids=batch.positions,
+            use_cache=False,
+            output_hidden_states=True,
+        )
+
+    def _crops(self, batch: Batch) -> torch.Tensor:
+        return torch.isin(batch.ids, torch.tensor(self.config.crop_token_ids))
+
+    def _inner_hints(self, batch: Batch, hidden: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Ask inside the decoder: of crop tokens whose they are, of names in questions what their regions show."""
+        tokens, crops = self.config.tokens_per_tile, self._crops(batch)
+        loss = functional.cross_entropy(
+            self.named(hidden[_NAMED_AFTER][crops]), batch.numbers.repeat_interleave(tokens)
+        )
+        places = torch.arange(batch.ids.shape[1])
+        owner = torch.full_like(batch.ids, -1)  # which of all regions a crop token belongs to
+        owner[crops] = torch.arange(len(batch.owner)).repeat_interleave(tokens)
+        rows, columns = crops.nonzero(as_tuple=True)
+        some = slice(None, None, _EVERY)
+        names = _name_places(batch, owner)[owner[rows, columns]]
+        loss = loss + self._attention_loss(
+            batch, hidden, _NAMING_LAYER, (rows[some], columns[some]), places == names[some, None]
+        )
+        rows, columns, region = _mentions(batch)
+        if len(rows):
+            own = owner[rows] == region[:, None]
+            loss = loss + self._attention_loss(batch, hidden, _POINTING_LAYER, (rows, columns), own)
+            for head, layer in zip(self.found, _FOUND_AFTER, strict=True):
+                loss = loss + 0.5 * _shown_loss(head(hidden[layer][rows, columns]), batch, region)
+        return loss
+
+    def _attention_loss(
+        self,
+        batch: Batch,
+        hidden: tuple[torch.Tensor, ...],
+        number: int,
+        queries: tuple[torch.Tensor, torch.Tensor],
+        wanted: torch.Tensor,
+    ) -> torch.Tensor:
+        """Loss of the attention that tokens (rows and columns [M]) pay to the `wanted` ones [M, L] of their sequences.
+
+        Of layer `number`, counted from 0, the first head of each group is taught.
+        """
+        decoder, config = self.language_model.model, self.language_model.config
+        layer, (rows, columns) = decoder.layers[number], queries
+        inner = layer.input_layernorm(hidden[number])
+        cos, sin = (part[:, :, None] for part in decoder.rotary_emb(inner, batch.positions))  # [B, L, 1, head]
+        groups, width = config.num_key_value_heads, config.head_dim
+        keys = layer.self_attn.k_proj(inner).unflatten(-1, (groups, width))
+        keys = keys * cos + rotate_half(keys) * sin
+        asking = layer.self_attn.q_proj(inner[rows, columns]).unflatten(-1, (groups, -1, width))[:, :, 0]
+        asking = asking * cos[rows, columns] + rotate_half(asking) * sin[rows, columns]
+        scores = torch.einsum("mgd,mlgd->mgl", asking, keys[rows]) / width**0.5
+        branch = batch.branch[rows]
+        seen = (branch == 0) | (branch == batch.branch[rows, columns][:, None])
+        seen &= torch.arange(batch.ids.shape[1]) <= columns[:, None]
+        logs = scores.masked_fill(~seen[:, None], -torch.inf).log_softmax(-1)
+        return -logs.masked_fill(~wanted[:, None], -torch.inf).logsumexp(-1).mean()
+
+
+def _name_places(batch: Batch, owner: torch.Tensor) -> torch.Tensor:
+    """Return the column of the name before each region's crop tokens, [all regions]."""
+    places = []
+    for region, (row, name) in enumerate(zip(batch.owner.tolist(), batch.names.tolist(), strict=True)):
+        first = int((owner[row] == region).nonzero()[0, 0])
+        places.append(int((batch.ids[row, :first] == name).nonzero()[-1, 0]))
+    return torch.tensor(places)
+
+
+def _shown_loss(guessed: torch.Tensor, batch: Batch, region: torch.Tensor) -> torch.Tensor:
+    """Loss of guesses [N, colours + 5] about the regions [N]: colour where it is clear, box, logarithm of the area."""
+    colours, shapes = batch.colours[region], batch.shapes[region]
+    loss = 4 * functional.smooth_l1_loss(guessed[:, -5:-1], shapes[:, :4], beta=0.1)
+    loss = loss + 0.5 * functional.smooth_l1_loss(guessed[:, -1], shapes[:, 4] + 3.5)
+    if bool((colours != COLOUR_UNKNOWN).any()):
+        loss = loss + functional.cross_entropy(guessed[:, :-5], colours, ignore_index=COLOUR_UNKNOWN)
+    return loss
+
+
+def _mentions(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Find names of listed regions in the branches: row and column of each, and which of all regions it names."""
+    rows, columns, regions = [], [], []
+    for region, (owner, name) in enumerate(zip(batch.owner.tolist(), batch.names.tolist(), strict=True)):
+        places = ((batch.ids[owner] == name) & (batch.branch[owner] > 0)).nonzero()[:, 0]
+        rows.append(torch.full_like(places, owner))
+        columns.append(places)
+        regions.append(torch.full_like(places, region))
+    return torch.cat(rows), torch.cat(columns), torch.cat(regions)
+
+
+def _whole_answers(batch: Batch, learnt: torch.Tensor, right: torch.Tensor) -> list[list[bool]]:
+    """Say of each question whether all tokens of its answer were right (then greedy decoding gives that answer)."""
+    results: list[list[bool]] = []
+    place = 0
+    flags = right.tolist()
+    for row, asked in zip(learnt.tolist(), batch.asked, strict=True):
+        runs: list[bool] = []
+        for index, flag in enumerate(row):
+            if not flag:
+                continue
+            if not row[index - 1]:
+                runs.append(True)
+            runs[-1] = runs[-1] and flags[place]
+            place += 1
+        if len(runs) != len(asked):
+            raise ValueError(f"expected {len(asked)} answers in the sequence, got {len(runs)}")
+        results.append(runs)
+    return results
+
+
+def _places(grid: int) -> torch.Tensor:
+    """Return waves of a few lengths along both axes of a grid of patches: [grid², 18], values of -1..1."""
+    line = (torch.arange(grid) + 0.5) / grid
+    waves = [line * 2 - 1]
+    for cycles in (0.25, 0.5, 1.0, 2.0):
+        waves += [torch.sin(2 * math.pi * cycles * line), torch.cos(2 * math.pi * cycles * line)]
+    one = torch.stack(waves, dim=1)  # [grid, 9]
+    return torch.cat([one[None].expand(grid, -1, -1), one[:, None].expand(-1, grid, -1)], dim=-1).flatten(0, 1)

@@ -1,0 +1,222 @@
+"""Training sequences: one picture's prompt once, and many questions after it, none of which sees another.
+
+A sequence is a shared prefix (chat header, image, regions) and branches (question, answer). Positions of each branch
+go on from the prefix, and a branch attends to the prefix and itself, so each is exactly a request of its own.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from attributes import COLOURS
+from garserve.kernels.roi_axis import axis_weights
+from numpy.random import Generator
+from numpy.typing import NDArray
+from pictures import Picture, picture
+from questions import Known, Question, about_one, describe, prompt, questions
+
+from garserve.config import GARConfig
+from garserve.inputs.prompts import DEFAULT_SYSTEM, DESCRIBE, region_preamble
+from garserve.inputs.regions import normalised_box
+from garserve.inputs.roi import cells_box
+from garserve.inputs.tiles import resize_bicubic, resize_nearest
+from garserve.inputs.tokenizer import GARTokenizer
+
+QUESTIONS = 8
+COLOUR_UNKNOWN = -100
+
+
+@dataclass
+class Example:
+    """One sequence with its tile and regions; L tokens, R listed regions, n tokens along a tile."""
+
+    tile: torch.Tensor  # uint8 [3, S, S]
+    mask: torch.Tensor  # bool [S, S]
+    down: torch.Tensor  # float [R, n, n]: the replay's weights along y
+    across: torch.Tensor  # float [R, n, n]
+    ids: torch.Tensor  # int64 [L]
+    answers: torch.Tensor  # bool [L]: tokens to be predicted
+    positions: torch.Tensor  # int64 [L]
+    branch: torch.Tensor  # int64 [L]: 0 for the prefix
+    branches: list[list[Question]]  # the turns of each branch
+    numbers: torch.Tensor  # int64 [R]: K of each listed region's <PromptK>
+    names: torch.Tensor  # int64 [R]: the token <PromptK>
+    colours: torch.Tensor  # int64 [R]: index of the clear colour, or COLOUR_UNKNOWN
+    shapes: torch.Tensor  # float [R, 5]: box and the logarithm of the area
+
+    @property
+    def asked(self) -> list[Question]:
+        """All questions in their order."""
+        return [one for turns in self.branches for one in turns]
+
+
+class ExampleMaker:
+    """Makes Examples from seeds for one checkpoint folder's tokenizer and config."""
+
+    def __init__(self, folder: Path, config: GARConfig) -> None:
+        self.config = config
+        self.tokenizer = GARTokenizer(folder / "tokenizer.json", config)
+        self.end = self.tokenizer.special("<|eot_id|>")
+
+    def __call__(self, seed: tuple[int, ...], make: object = picture) -> Example:
+        """Make the example of a seed; `make` turns a random generator into a Picture."""
+        rng = np.random.default_rng(seed)
+        shown: Picture = make(rng)  # type: ignore[operator]
+        if rng.random() < 0.25:
+            return self.single(Known.of(Picture(shown.image, shown.masks[:1])), rng)
+        return self.multi(Known.of(shown), rng)
+
+    def single(self, known: Known, rng: Generator) -> Example:
+        """Return the authors' single-region form: a description, then further turns about the same region."""
+        number = 1 if rng.random() < 0.7 else int(rng.integers(5))
+        turns = [describe(known, 0, None, rng)]
+        for _ in range(4):
+            if len(turns) < 4 and (one := about_one(known, 0, prompt(number), rng)) is not None:
+                turns.append(one)
+        return self._example(known, [0], [number], [turns], rng, single=True)
+
+    def multi(self, known: Known, rng: Generator) -> Example:
+        """Return the multi-region form with free questions; now and then only some of the regions are listed."""
+        count = len(known.labels)
+        listed = list(range(count))
+        if count > 1 and rng.random() < 0.25:
+            listed = [int(i) for i in rng.permutation(count)[: rng.integers(1, count + 1)]]
+        names = [prompt(i) for i in range(count)]
+        asked = questions(known, listed, names, QUESTIONS, rng)
+        branches = [[one] for one in asked]
+        if len(branches) > 3 and rng.random() < 0.3:  # a conversation of three turns
+            branches = [[*branches[0], *branches[1], *branches[2]], *branches[3:]]
+        return self._example(known, listed, listed, branches, rng, single=False)
+
+    def _example(
+        self,
+        known: Known,
+        listed: list[int],
+        numbers: list[int],
+        branches: list[list[Question]],
+        rng: Generator,
+        *,
+        single: bool,
+    ) -> Example:
+        config, special = self.config, self.tokenizer.special
+        preamble = region_preamble(numbers, single, self.tokenizer, config)
+        system = DEFAULT_SYSTEM if rng.random() < 0.9 else ""
+        begin = special("<|begin_of_text|>")
+        parts = [begin, begin, *self._header("system"), system, self.end, *self._header("user")]
+        prefix: list[int] = []
+        for token in self.tokenizer.encode_parts([*parts, config.image_token_id, *preamble]):
+            repeats = 2 if token == config.image_token_id else 1
+            prefix += [token] * (repeats * config.tokens_per_tile if token in self._repeated else 1)
+        ids, answers = list(prefix), [False] * len(prefix)
+        positions, branch = list(range(len(prefix))), [0] * len(prefix)
+        for number, turns in enumerate(branches, start=1):
+            tokens, learnt = self._branch(turns)
+            ids += tokens
+            answers += learnt
+            positions += range(len(prefix), len(prefix) + len(tokens))
+            branch += [number] * len(tokens)
+        masks = known.picture.masks
+        pictured = self._pictured(known, listed)
+        return Example(
+            *pictured,
+            torch.tensor(ids),
+            torch.tensor(answers),
+            torch.tensor(positions),
+            torch.tensor(branch),
+            branches,
+            torch.tensor(numbers),
+            torch.tensor([special(prompt(number)) for number in numbers]),
+            torch.tensor([_colour_index(known.labels[i].colour) for i in listed]),
+            torch.tensor(
+                [[*normalised_box(masks[i]), float(np.log(masks[i].mean()))] for i in listed], dtype=torch.float32
+            ),
+        )
+
+    def _branch(self, turns: list[Question]) -> tuple[list[int], list[bool]]:
+        ids: list[int] = []
+        answers: list[bool] = []
+        for number, one in enumerate(turns):
+            asked = DESCRIBE if one.text is None else one.text
+            opening = self._header("user") if number else []
+            question = self.tokenizer.encode_parts([*opening, asked, self.end, *self._header("assistant")])
+            answer = [*self.tokenizer.encode(one.answer), self.end]
+            ids += question + answer
+            answers += [False] * len(question) + [True] * len(answer)
+        return ids, answers
+
+    def _header(self, role: str) -> list[str | int]:
+        return [
+            self.tokenizer.special("<|start_header_id|>"),
+            role,
+            self.tokenizer.special("<|end_header_id|>"),
+            "\n\n",
+        ]
+
+    @property
+    def _repeated(self) -> set[int]:
+        return {self.config.image_token_id, *self.config.crop_token_ids}
+
+    def _pictured(self, known: Known, listed: list[int]) -> tuple[torch.Tensor, ...]:
+        size, n = self.config.tile_size, self.config.tokens_per_side
+        image = torch.from_numpy(np.ascontiguousarray(known.picture.image)).permute(2, 0, 1)
+        union: NDArray[np.bool_] = np.logical_or.reduce(known.picture.masks)
+        boxes = [cells_box(normalised_box(known.picture.masks[i]), (1, 1), n) for i in listed]
+        down = torch.stack([axis_weights(box[1], box[3], n, n) for box in boxes])
+        across = torch.stack([axis_weights(box[0], box[2], n, n) for box in boxes])
+        return resize_bicubic(image, size, size), resize_nearest(torch.from_numpy(union), size, size), down, across
+
+
+def _colour_index(colour: str | None) -> int:
+    return COLOUR_UNKNOWN if colour is None else COLOURS.index(colour)
+
+
+@dataclass
+class Batch:
+    """Examples put together, padded to the longest."""
+
+    tiles: torch.Tensor
+    masks: torch.Tensor
+    down: torch.Tensor  # [all regions, n, n]
+    across: torch.Tensor
+    owner: torch.Tensor  # int64 [all regions]: the example of each region
+    ids: torch.Tensor  # [B, L]
+    answers: torch.Tensor
+    positions: torch.Tensor
+    branch: torch.Tensor  # -1 for padding
+    asked: list[list[Question]]
+    numbers: torch.Tensor  # [all regions]
+    names: torch.Tensor
+    colours: torch.Tensor
+    shapes: torch.Tensor
+
+
+def collate(examples: list[Example]) -> Batch:
+    """Put examples together."""
+
+    def padded(name: str, value: int) -> torch.Tensor:
+        rows = [getattr(one, name) for one in examples]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+    return Batch(
+        torch.stack([one.tile for one in examples]),
+        torch.stack([one.mask for one in examples]),
+        torch.cat([one.down for one in examples]),
+        torch.cat([one.across for one in examples]),
+        torch.cat([torch.full((len(one.down),), i) for i, one in enumerate(examples)]),
+        padded("ids", 0),
+        padded("answers", 0),
+        padded("positions", 0),
+        padded("branch", -1),
+        [one.asked for one in examples],
+        torch.cat([one.numbers for one in examples]),
+        torch.cat([one.names for one in examples]),
+        torch.cat([one.colours for one in examples]),
+        torch.cat([one.shapes for one in examples]),
+    )
+
+
+def collate_by_length(examples: list[Example], size: int = 8) -> list[Batch]:
+    """Put examples of like length together, `size` at a time: little padding, and activations that stay in cache."""
+    ordered = sorted(examples, key=lambda one: len(one.ids))
+    return [collate(ordered[start : start + size]) for start in range(0, len(ordered), size)]

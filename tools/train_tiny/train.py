@@ -1,0 +1,228 @@
+"""Train the tiny checkpoint: `python tools/train_tiny/train.py -o FOLDER`. Stop it any time; the same command goes on.
+
+Seeds, data and order are fixed. What is left to chance is the order in which torch's threads add (1e-6 a step).
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from network import TrainedGAR
+from pictures import HELD_OUT_PHOTOS, photograph, scene
+from questions import vocabulary
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from sequences import Batch, Example, ExampleMaker, collate, collate_by_length
+from torch.utils.data import DataLoader, Dataset
+
+from garserve.checkpoint import HEAD, expected_tensors, module_name
+from garserve.config import read_config
+from garserve.model.random_checkpoint import write_files
+from garserve.presets import preset
+
+TRAINING, HELD_OUT = 1, 2
+WARM_UP = 100
+STATE = "state.pt.safetensors"
+
+
+class Examples(Dataset[Example]):
+    """Examples number `start`, `start` + 1, … of the endless training data."""
+
+    def __init__(self, maker: ExampleMaker, start: int, stop: int) -> None:
+        self.maker, self.start, self.stop = maker, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, index: int) -> Example:
+        return self.maker((TRAINING, self.start + index))
+
+
+def main(
+    output: Annotated[Path, typer.Option("-o", help="Folder of the checkpoint; training goes on where it stopped.")],
+    steps: Annotated[int, typer.Option(help="Steps in all.")] = 2050,
+    vision_steps: Annotated[int, typer.Option(help="First steps, of the tower alone.")] = 700,
+    decoder_steps: Annotated[int, typer.Option(help="Next steps, of the decoder alone.")] = 400,
+    batch_size: Annotated[int, typer.Option(help="Pictures a step.")] = 16,
+    rate: Annotated[float, typer.Option(help="Learning rate.")] = 2e-3,
+    workers: Annotated[int, typer.Option(help="Processes that make pictures.")] = 1,
+    look_every: Annotated[int, typer.Option(help="Steps between looks at held-out data, which also save.")] = 250,
+) -> None:
+    """Train, and leave a whole checkpoint in the folder at every look."""
+    torch.manual_seed(0)
+    config, preprocessor = preset("tiny")
+    config["replay_box_scale"] = "geometric"
+    output.mkdir(parents=True, exist_ok=True)
+    write_files(output, config, preprocessor, vocabulary())
+    parsed = read_config(output)
+    maker = ExampleMaker(output, parsed)
+    model = TrainedGAR(parsed)
+    optimizers = _optimizers(model, rate)
+    done = _resume(output, model, optimizers)
+    held_out = {
+        "scenes": [maker((HELD_OUT, i), scene) for i in range(64)],
+        "photographs": [maker((HELD_OUT, i), lambda rng: photograph(rng, HELD_OUT_PHOTOS)) for i in range(64)],
+    }
+    loader = DataLoader(
+        Examples(maker, done * batch_size, steps * batch_size),
+        batch_size,
+        collate_fn=collate_by_length,
+        num_workers=workers,
+        prefetch_factor=4,
+    )
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as progress, (output / "log.jsonl").open("a", encoding="utf-8") as log:
+        task = progress.add_task("steps", total=steps, completed=done)
+        began = time.monotonic()
+        for step, parts in enumerate(loader, start=done):
+            factor = _rate_at(step, steps, vision_steps)
+            frozen = vision_steps <= step < vision_steps + decoder_steps
+            losses = train_step(model, optimizers, parts, rate * factor, decoder=step >= vision_steps, frozen=frozen)
+            row = {"step": step} | losses | {"rate": factor, "seconds": round(time.monotonic() - began, 1)}
+            if (step + 1) % look_every == 0 or step + 1 == steps:
+                row["held_out"] = {name: look(model, examples) for name, examples in held_out.items()}
+                _save(output, model, optimizers, step + 1)
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            progress.update(
+                task, completed=step + 1, description=f"loss {row['answers']:.3f}, hints {row['hints']:.3f}"
+            )
+    plot(output)
+
+
+def train_step(
+    model: TrainedGAR,
+    optimizers: list[torch.optim.Optimizer],
+    parts: list[Batch],
+    rate: float,
+    *,
+    decoder: bool,
+    frozen: bool,
+) -> dict[str, float]:
+    """Take one step over the parts of a batch and return the means of what was before it."""
+    model.train()
+    rows = []
+    for part in parts:
+        losses = model(part, decoder=decoder, frozen=frozen)
+        ((2 * losses.answers + 0.5 * losses.hints) / len(parts)).backward()
+        flat = [right for row in losses.right for right in row]
+        rows.append([losses.answers.item(), losses.hints.item(), np.mean(flat) if flat else 0.0, losses.colour_right])
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return dict(zip(("answers", "hints", "right", "colour_hint"), np.nanmean(rows, axis=0).tolist(), strict=True))
+
+
+@torch.inference_mode()
+def look(model: TrainedGAR, examples: list[Example]) -> dict[str, float]:
+    """Return the share of held-out questions that greedy decoding answers word for word, by attribute and form."""
+    model.eval()
+    counts: dict[str, list[bool]] = {}
+    for start in range(0, len(examples), 32):
+        some = examples[start : start + 32]
+        losses = model(collate(some), decoder=True)
+        counts.setdefault("hint: colour", []).append(losses.colour_right)  # type: ignore[arg-type]
+        for example, right in zip(some, losses.right, strict=True):
+            for one, correct in zip(example.asked, right, strict=True):
+                counts.setdefault(f"{one.attribute} ({one.form})", []).append(correct)
+    return {name: round(float(np.mean(values)), 3) for name, values in sorted(counts.items())}
+
+
+def _rate_at(step: int, steps: int, vision_steps: int) -> float:
+    """For the tower alone: warm up and fall to 0.3. With the decoder: warm up, and fall from 0.7 to nearly nothing."""
+    if step < vision_steps:
+        return min((step + 1) / WARM_UP, 1 - 0.7 * step / vision_steps)
+    since = step - vision_steps
+    return 0.7 * min((since + 1) / WARM_UP, max(0.01, (steps - step) / (steps - vision_steps)))
+
+
+def _optimizers(model: TrainedGAR, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, Adam for everything else."""
+    matrices, rest = [], []
+    for name, weight in model.named_parameters():
+        inner = any(part in name for part in (".blocks.", ".layers.", "projector."))
+        (matrices if inner and weight.ndim == 2 else rest).append(weight)
+    return [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
+
+
+def _save(output: Path, model: TrainedGAR, optimizers: list[torch.optim.Optimizer], done: int) -> None:
+    """Write the checkpoint, and beside it what training needs to go on."""
+    weights = dict(model.state_dict())
+    tensors = {name: weights[module_name(name)].contiguous() for name in expected_tensors(model.config)}
+    if model.config.tied_head:
+        tensors.pop(HEAD, None)
+    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+    state = {f"model.{name}": tensor.contiguous().clone() for name, tensor in weights.items()}
+    for number, optimizer in enumerate(optimizers):
+        for index, values in optimizer.state_dict()["state"].items():
+            state |= {
+                f"optimizer.{number}.{index}.{key}": torch.as_tensor(value).clone() for key, value in values.items()
+            }
+    partial = output / (STATE + ".part")
+    save_file(state, partial, metadata={"done": str(done)})
+    partial.replace(output / STATE)
+
+
+def _resume(output: Path, model: TrainedGAR, optimizers: list[torch.optim.Optimizer]) -> int:
+    """Load what `_save` left, and return how many steps were done."""
+    path = output / STATE
+    if not path.is_file():
+        return 0
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        done = int(file.metadata()["done"])
+    state = load_file(path)
+    model.load_state_dict({name[6:]: tensor for name, tensor in state.items() if name.startswith("model.")})
+    for number, optimizer in enumerate(optimizers):
+        whole = optimizer.state_dict()
+        for name, tensor in state.items():
+            if name.startswith(f"optimizer.{number}."):
+                _, _, index, key = name.split(".", 3)
+                whole["state"].setdefault(int(index), {})[key] = tensor
+        optimizer.load_state_dict(whole)
+    return done
+
+
+def plot(output: Path) -> None:
+    """Draw the losses and the share of right answers over the steps."""
+    from matplotlib.figure import Figure
+
+    rows = {row["step"]: row for row in map(json.loads, (output / "log.jsonl").read_text().splitlines())}
+    steps = sorted(rows)
+    figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for key, label in (("answers", "answers"), ("hints", "hints (dropped heads)")):
+        values = [rows[step][key] for step in steps]
+        smooth = np.convolve(values, np.ones(25) / 25, mode="valid") if len(values) > 25 else np.array(values)
+        left.plot(steps[len(steps) - len(smooth) :], smooth, label=label)
+    left.set(yscale="log", xlabel="step", ylabel="loss, mean of 25 steps")
+    looks = [step for step in steps if "held_out" in rows[step]]
+    for name in ("scenes", "photographs"):
+        held = [rows[step]["held_out"][name] for step in looks]
+        means = [np.mean([v for key, v in one.items() if not key.startswith("hint")]) for one in held]
+        right.plot(looks, means, label=name, marker=".")
+    right.set(xlabel="step", ylabel="held-out answers right, mean of kinds", ylim=(0, 1))
+    left.legend()
+    right.legend()
+    figure.savefig(output / "training.png")
+
+
+if __name__ == "__main__":
+    typer.run(main)
