@@ -106,15 +106,46 @@ def test_packed_training_is_the_reference(checkpoint: Checkpoint, maker: object,
         for one in (maker.multi(known, np.random.default_rng(seed)) for seed in range(50))
         if len(one.down) == 3 and max(map(len, one.branches)) == 1
     )
-    requests = [RegionRequest(shown.image, shown.masks, one.text, check_names=False) for one in example.asked]
+    ((usual, _), tokens) = prompts(processor, example, RegionRequest(shown.image, shown.masks))[0]
+    system = None if tokens[: len(usual)] == usual else ""
+    requests = [
+        RegionRequest(shown.image, shown.masks, one.text, system=system, check_names=False) for one in example.asked
+    ]
     _, expected = reference.generate([processor(one) for one in requests], [1] * len(requests), maker.end)
     batch = sequences.collate([example])
     with torch.inference_mode():
         hidden = model._decode(batch, *model._encode(batch)).last_hidden_state[0]
-        answers = example.answers
+        answers = batch.answers[0].bool()
         before = torch.cat([answers[1:] & ~answers[:-1], torch.tensor([False])])
         logits = model.language_model.lm_head(hidden[before])
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_branches_lie_in_rows_whole_and_see_only_their_prefix(maker: object, shown: object) -> None:
+    known = questions.Known.of(shown)
+    examples = [maker.multi(known, np.random.default_rng(seed)) for seed in range(4)]
+    examples.append(maker.single(known, np.random.default_rng(9)))
+    batch = sequences.collate(examples)
+    assert (batch.ids.shape[1] - batch.prefix) % batch.row == 0
+    for number, one in enumerate(examples):
+        kept = batch.branch[number] >= 0
+        assert batch.ids[number, kept].tolist() == one.ids.tolist()
+        assert batch.answers[number, kept].bool().tolist() == one.answers.tolist()
+        assert batch.positions[number, kept].tolist() == one.positions.tolist()
+        columns = kept.nonzero()[:, 0]
+        for branch in range(1, len(one.branches) + 1):
+            places = columns[one.branch == branch]
+            assert len({(int(place) - batch.prefix) // batch.row for place in places}) == 1
+            assert places.diff().eq(1).all()
+    seen = training_module("network")._seen_by_rows(batch)
+    row, column = (
+        int(i[0]) for i in (batch.branch[0, batch.prefix :].unflatten(0, (-1, batch.row)) == 2).nonzero(as_tuple=True)
+    )
+    owners = torch.cat(
+        [batch.branch[0, : batch.prefix], batch.branch[0, batch.prefix :].unflatten(0, (-1, batch.row))[row]]
+    )
+    assert set(owners[seen[0, row, column]].tolist()) == {0, 2}
+    assert int(seen[0, row, column].sum()) == int((examples[0].branch == 0).sum()) + 1  # the prefix and itself
 
 
 def test_every_hint_and_answer_can_be_learnt(checkpoint: Checkpoint, maker: object, shown: object) -> None:
@@ -131,7 +162,8 @@ def test_every_hint_and_answer_can_be_learnt(checkpoint: Checkpoint, maker: obje
     assert torch.equal(weight, before)
     assert rows[-1]["answers"] < rows[0]["answers"] - 1
     assert rows[-1]["hints"] < rows[0]["hints"] - 1
-    rows = [train.train_step(model, optimizers, parts, 1e-3, decoder=False, frozen=False) for _ in range(6)]
+    optimizers = train._optimizers(model, 1e-3)
+    rows = [train.train_step(model, optimizers, parts, 3e-4, decoder=False, frozen=False) for _ in range(8)]
     assert not torch.equal(weight, before)
     assert rows[-1]["hints"] < rows[0]["hints"]
     assert rows[-1]["answers"] == 0

@@ -8,7 +8,7 @@ from attributes import COLOURS
 from sequences import COLOUR_UNKNOWN, Batch
 from torch import nn
 from torch.nn import functional
-from transformers import LlamaForCausalLM
+from transformers import AttentionInterface, LlamaForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import rotate_half
 
@@ -21,6 +21,43 @@ _NAMED_AFTER, _FOUND_AFTER = 1, (2, 3)
 _PLACE_GAIN = 3.0
 _NAMING_LAYER, _POINTING_LAYER = 0, 1  # whose attention is taught, counted from 0
 _EVERY = 7  # of the crop tokens, this one is asked whom it belongs to: they are many
+
+
+def shared_prefix_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor, **_: object
+) -> tuple[torch.Tensor, None]:
+    """Attention of sequences laid out as a Batch: the prefix to itself, each row of branches to prefix and itself.
+
+    `query` is [B, heads, L, head width], `key` and `value` have fewer heads, `seen` is [B, rows, W, P + W]: what each
+    token of a row may attend to. Returns [B, L, heads, head width].
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    rows, row = seen.shape[1:3]
+    prefix = seen.shape[3] - row
+    parts = [part.split([prefix, rows * row], dim=2) for part in (query, key, value)]
+    shared, own = zip(*parts, strict=True)
+    first = functional.scaled_dot_product_attention(*shared, is_causal=True)
+    own = [part.unflatten(2, (rows, row)).transpose(1, 2).flatten(0, 1) for part in own]  # [B·rows, heads, W, width]
+    keys, values = (
+        torch.cat([common.repeat_interleave(rows, dim=0), part], dim=2)
+        for common, part in zip(shared[1:], own[1:], strict=True)
+    )
+    rest = functional.scaled_dot_product_attention(own[0], keys, values, attn_mask=seen.flatten(0, 1)[:, None])
+    rest = rest.unflatten(0, (-1, rows)).transpose(1, 2).flatten(2, 3)
+    return torch.cat([first, rest], dim=2).transpose(1, 2), None
+
+
+AttentionInterface.register("shared_prefix", shared_prefix_attention)
+
+
+def _seen_by_rows(batch: Batch) -> torch.Tensor:
+    """Return what each token of a row of branches may attend to: [B, rows, W, P + W]."""
+    prefix, rows = batch.branch[:, : batch.prefix], batch.branch[:, batch.prefix :].unflatten(1, (-1, batch.row))
+    same = rows[..., None] == rows[:, :, None]
+    own = same & torch.ones(batch.row, batch.row, dtype=torch.bool).tril()  # padding sees padding: nothing reads it
+    common = (prefix == 0)[:, None, None].expand(-1, rows.shape[1], batch.row, -1)
+    return torch.cat([common, own], dim=-1)
 
 
 @dataclass
@@ -48,6 +85,7 @@ class TrainedGAR(nn.Module):
         self.config = config
         self.encoder = RegionEncoder(config)
         self.language_model = LlamaForCausalLM(llama_config(config))
+        self.language_model.config._attn_implementation = "shared_prefix"
         width, shown = config.hidden_size, len(COLOURS) + 5
         self.squeeze = nn.Linear(width, 24)
         self.hint = nn.Sequential(nn.Linear(24 * config.tokens_per_tile, 128), nn.GELU(), nn.Linear(128, shown))
@@ -126,12 +164,9 @@ class TrainedGAR(nn.Module):
         image = batch.ids == self.config.image_token_id
         embeddings = embeddings.masked_scatter(image[..., None], torch.cat([features, features], dim=1))
         embeddings = embeddings.masked_scatter(self._crops(batch)[..., None], regions)
-        length = batch.ids.shape[1]
-        same = batch.branch[:, :, None] == batch.branch[:, None, :]
-        allowed = (same | (batch.branch[:, None, :] == 0)) & torch.ones(length, length, dtype=torch.bool).tril()
         return self.language_model.model(
             inputs_embeds=embeddings,
-            attention_mask=allowed[:, None],
+            attention_mask=_seen_by_rows(batch),
             position_ids=batch.positions,
             use_cache=False,
             output_hidden_states=True,
@@ -184,7 +219,9 @@ class TrainedGAR(nn.Module):
         keys = keys * cos + rotate_half(keys) * sin
         asking = layer.self_attn.q_proj(inner[rows, columns]).unflatten(-1, (groups, -1, width))[:, :, 0]
         asking = asking * cos[rows, columns] + rotate_half(asking) * sin[rows, columns]
-        scores = torch.einsum("mgd,mlgd->mgl", asking, keys[rows]) / width**0.5
+        counts = rows.bincount(minlength=len(keys)).tolist()  # queries come example by example
+        pairs = zip(asking.split(counts), keys.unbind(), strict=True)
+        scores = torch.cat([torch.einsum("mgd,lgd->mgl", few, own) for few, own in pairs]) / width**0.5
         branch = batch.branch[rows]
         seen = (branch == 0) | (branch == batch.branch[rows, columns][:, None])
         seen &= torch.arange(batch.ids.shape[1]) <= columns[:, None]

@@ -23,7 +23,8 @@ from garserve.inputs.roi import cells_box
 from garserve.inputs.tiles import resize_bicubic, resize_nearest
 from garserve.inputs.tokenizer import GARTokenizer
 
-QUESTIONS = 8
+QUESTIONS = 14
+ROW = 128  # tokens of a row of branches, more where one branch is longer
 COLOUR_UNKNOWN = -100
 
 
@@ -173,13 +174,18 @@ def _colour_index(colour: str | None) -> int:
 
 @dataclass
 class Batch:
-    """Examples put together, padded to the longest."""
+    """Examples put together: L columns are P of the longest prefix, then rows of branches, W columns each.
+
+    A branch lies in one row whole; columns left over are padding. So a row needs to see its prefix and itself only.
+    """
 
     tiles: torch.Tensor
     masks: torch.Tensor
     down: torch.Tensor  # [all regions, n, n]
     across: torch.Tensor
     owner: torch.Tensor  # int64 [all regions]: the example of each region
+    prefix: int  # P
+    row: int  # W
     ids: torch.Tensor  # [B, L]
     answers: torch.Tensor
     positions: torch.Tensor
@@ -193,10 +199,16 @@ class Batch:
 
 def collate(examples: list[Example]) -> Batch:
     """Put examples together."""
+    prefix = max(int((one.branch == 0).sum()) for one in examples)
+    row = max(ROW, *(int(one.branch.bincount()[1:].max()) for one in examples))
+    columns = [_columns(one, prefix, row) for one in examples]
+    length = max(prefix + row, *(_whole_rows(int(places[-1]) + 1 - prefix, row) + prefix for places in columns))
 
-    def padded(name: str, value: int) -> torch.Tensor:
-        rows = [getattr(one, name) for one in examples]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+    def laid_out(name: str, padding: int) -> torch.Tensor:
+        rows = torch.full((len(examples), length), padding, dtype=torch.long)
+        for number, (one, places) in enumerate(zip(examples, columns, strict=True)):
+            rows[number, places] = getattr(one, name).long()
+        return rows
 
     return Batch(
         torch.stack([one.tile for one in examples]),
@@ -204,16 +216,35 @@ def collate(examples: list[Example]) -> Batch:
         torch.cat([one.down for one in examples]),
         torch.cat([one.across for one in examples]),
         torch.cat([torch.full((len(one.down),), i) for i, one in enumerate(examples)]),
-        padded("ids", 0),
-        padded("answers", 0),
-        padded("positions", 0),
-        padded("branch", -1),
+        prefix,
+        row,
+        laid_out("ids", 0),
+        laid_out("answers", 0),
+        laid_out("positions", 0),
+        laid_out("branch", -1),
         [one.asked for one in examples],
         torch.cat([one.numbers for one in examples]),
         torch.cat([one.names for one in examples]),
         torch.cat([one.colours for one in examples]),
         torch.cat([one.shapes for one in examples]),
     )
+
+
+def _whole_rows(count: int, row: int) -> int:
+    return -(-count // row) * row
+
+
+def _columns(one: Example, prefix: int, row: int) -> torch.Tensor:
+    """Return the column of each token of an example: its prefix first, then branch after branch, row after row."""
+    lengths = one.branch.bincount().tolist()
+    columns, free = list(range(lengths[0])), prefix
+    for length in lengths[1:]:
+        used = (free - prefix) % row
+        if used + length > row:
+            free += row - used
+        columns += range(free, free + length)
+        free += length
+    return torch.tensor(columns)
 
 
 def collate_by_length(examples: list[Example], size: int = 8) -> list[Batch]:

@@ -44,9 +44,9 @@ class Examples(Dataset[Example]):
 
 def main(
     output: Annotated[Path, typer.Option("-o", help="Folder of the checkpoint; training goes on where it stopped.")],
-    steps: Annotated[int, typer.Option(help="Steps in all.")] = 2050,
-    vision_steps: Annotated[int, typer.Option(help="First steps, of the tower alone.")] = 700,
-    decoder_steps: Annotated[int, typer.Option(help="Next steps, of the decoder alone.")] = 400,
+    steps: Annotated[int, typer.Option(help="Steps in all.")] = 3300,
+    vision_steps: Annotated[int, typer.Option(help="First steps, of the tower alone.")] = 900,
+    decoder_steps: Annotated[int, typer.Option(help="Next steps, of the decoder alone.")] = 900,
     batch_size: Annotated[int, typer.Option(help="Pictures a step.")] = 16,
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 2e-3,
     workers: Annotated[int, typer.Option(help="Processes that make pictures.")] = 1,
@@ -114,7 +114,7 @@ def train_step(
     rows = []
     for part in parts:
         losses = model(part, decoder=decoder, frozen=frozen)
-        ((2 * losses.answers + 0.5 * losses.hints) / len(parts)).backward()
+        ((4 * losses.answers + 0.5 * losses.hints) / len(parts)).backward()
         flat = [right for row in losses.right for right in row]
         rows.append([losses.answers.item(), losses.hints.item(), np.mean(flat) if flat else 0.0, losses.colour_right])
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
