@@ -100,6 +100,16 @@ def test_bad_lines_become_error_rows_and_the_others_go_on(reference: Engine, fol
     assert not (folder / "out.jsonl.partial").exists()
 
 
+def test_a_region_that_was_not_given_can_be_asked_about_on_purpose(reference: Engine, folder: Path) -> None:
+    asked = {"image": "a.png", "regions": [BOX], "question": "What is <Prompt3>?"}
+    source = write_lines(folder / "in.jsonl", [asked, asked | {"check_names": False}, asked | {"check_names": "no"}])
+    run_batch(reference, source, folder / "out.jsonl", max_tokens=3)
+    refused, answered, misread = rows(folder / "out.jsonl")
+    assert "names <Prompt3>, but the regions given are <Prompt0>" in refused["error"]
+    assert answered["text"]
+    assert "check_names" in misread["error"]
+
+
 def test_an_interrupted_job_leaves_no_half_output(reference: Engine, folder: Path) -> None:
     source = write_lines(folder / "in.jsonl", [{"image": "a.png", "regions": [BOX]}] * 3)
 
