@@ -1,6 +1,7 @@
 """Configurations of the released models and of a small one with the same parts (floor 1), as their JSON files."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any, Literal
 
 PresetName = Literal["GAR-1B", "GAR-8B", "mini", "tiny"]
@@ -16,57 +17,54 @@ _RELEASED_BASE = 128000
 _CROP_OFFSETS = (4, 5, 8, 10, 11)
 _SPECIAL_TOKENS = 262  # 256 of Perception-LM's, <Prompt0> to <Prompt4>, <NO_Prompt>
 
+_LARGE, _GIGANTIC = "vit_pe_core_large_patch14_336", "vit_pe_core_gigantic_patch14_448"
+_RELEASED_TILE = {"img_size": [448, 448], "init_values": 0.1, "ref_feat_shape": [32, 32]}
 
-def preset(name: PresetName) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return `config.json` and `preprocessor_config.json` of a model by name.
-
-    "GAR-1B" and "GAR-8B" have the released shapes; "mini" has every part of GAR-1B at a size that a laptop runs in
-    milliseconds (tiles of 112 pixels, 16 tokens a tile); "tiny" is the shape of the trained checkpoint that comes
-    with garserve (one tile of 168 pixels, 49 tokens).
-    """
-    if name == "GAR-1B":
-        vision = {
-            "embed_dim": 1024,
-            "depth": 23,
-            "img_size": [448, 448],
+# By name: architecture, shape of the tower, shape of the decoder, and what _files takes beside them.
+_SHAPES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "GAR-1B": (
+        _LARGE,
+        {"embed_dim": 1024, "depth": 23, **_RELEASED_TILE},
+        {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64},
+        {"factor": 32.0, "tied": False, "max_num_tiles": 16},
+    ),
+    "GAR-8B": (
+        _GIGANTIC,
+        {"embed_dim": 1536, "depth": 47, **_RELEASED_TILE},
+        {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128},
+        {"factor": 8.0, "tied": True, "max_num_tiles": 8},
+    ),
+    "mini": (
+        _LARGE,
+        {
+            "embed_dim": 64,
+            "depth": 2,
+            "num_heads": 4,
+            "img_size": [112, 112],
             "init_values": 0.1,
-            "ref_feat_shape": [32, 32],
-        }
-        text: dict[str, Any] = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64}
-        return _files("vit_pe_core_large_patch14_336", vision, text, factor=32.0, tied=False, max_num_tiles=16)
-    if name == "GAR-8B":
-        vision = {
-            "embed_dim": 1536,
-            "depth": 47,
-            "img_size": [448, 448],
-            "init_values": 0.1,
-            "ref_feat_shape": [32, 32],
-        }
-        text = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128}
-        return _files("vit_pe_core_gigantic_patch14_448", vision, text, factor=8.0, tied=True, max_num_tiles=8)
-    if name == "mini":
-        vision = {"embed_dim": 64, "depth": 2, "num_heads": 4, "img_size": [112, 112], "init_values": 0.1}
-        text = {
+            "ref_feat_shape": [8, 8],
+        },
+        {
             "hidden_size": 64,
             "intermediate_size": 128,
             "num_hidden_layers": 2,
             "head_dim": 32,
             "num_attention_heads": 2,
             "num_key_value_heads": 1,
-        }
-        return _files(
-            "vit_pe_core_large_patch14_336",
-            {**vision, "ref_feat_shape": [8, 8]},
-            text,
-            factor=32.0,
-            tied=False,
-            max_num_tiles=16,
-            base=512,
-            dtype="float32",
-        )
-    if name == "tiny":
-        vision = {"embed_dim": 128, "depth": 5, "num_heads": 4, "img_size": [168, 168], "init_values": 0.1}
-        text = {
+        },
+        {"factor": 32.0, "tied": False, "max_num_tiles": 16, "base": 512, "dtype": "float32"},
+    ),
+    "tiny": (
+        _LARGE,
+        {
+            "embed_dim": 128,
+            "depth": 5,
+            "num_heads": 4,
+            "img_size": [168, 168],
+            "init_values": 0.1,
+            "ref_feat_shape": [21, 21],
+        },
+        {
             "hidden_size": 192,
             "intermediate_size": 384,
             "num_hidden_layers": 5,
@@ -76,20 +74,31 @@ def preset(name: PresetName) -> tuple[dict[str, Any], dict[str, Any]]:
             "max_position_embeddings": 2048,
             "rope_theta": 10000.0,
             "rope_scaling": None,
-        }
-        return _files(
-            "vit_pe_core_large_patch14_336",
-            {**vision, "ref_feat_shape": [21, 21]},
-            text,
-            factor=32.0,
-            tied=True,
-            max_num_tiles=1,
-            base=640,
-            dtype="float32",
-            patch=8,
-            pooling=3,
-        )
-    raise ValueError(f"preset: expected GAR-1B, GAR-8B, mini or tiny, got {name!r}")
+        },
+        {
+            "factor": 32.0,
+            "tied": True,
+            "max_num_tiles": 1,
+            "base": 640,
+            "dtype": "float32",
+            "patch": 8,
+            "pooling": 3,
+        },
+    ),
+}
+
+
+def preset(name: PresetName) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return `config.json` and `preprocessor_config.json` of a model by name.
+
+    "GAR-1B" and "GAR-8B" have the released shapes; "mini" has every part of GAR-1B at a size that a laptop runs in
+    milliseconds (tiles of 112 pixels, 16 tokens a tile); "tiny" is the shape that
+    tools/train_tiny trains (one tile of 168 pixels, 49 tokens).
+    """
+    if name not in _SHAPES:
+        raise ValueError(f"preset: expected {', '.join(_SHAPES)}, got {name!r}")
+    architecture, vision, text, options = _SHAPES[name]
+    return _files(architecture, deepcopy(vision), text, **options)
 
 
 def _files(

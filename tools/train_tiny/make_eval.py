@@ -1,4 +1,4 @@
-"""Write held-out questions: `python tools/train_tiny/make_eval.py -o garserve/data/tiny_eval`.
+"""Write held-out questions: `python tools/train_tiny/make_eval.py -o FOLDER`.
 
 Or about photographs of your own with masks, `--masks FILE.jsonl`: lines {"image": path, "regions": [{"rle": …}, …]}.
 Labels are computed on the pixels as they were saved.
