@@ -1,5 +1,6 @@
 """How the tiny checkpoint is taught: its sequences are the prompts that garserve makes, its answers are true."""
 
+import re
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -98,7 +99,7 @@ def test_packed_training_is_the_reference(checkpoint: Checkpoint, maker: object,
     reference = ReferenceGAR.load(checkpoint)
     missing, unexpected = model.load_state_dict(reference.state_dict(), strict=False)
     assert not unexpected
-    assert all(name.startswith(("hint", "squeeze", "named", "found")) for name in missing)
+    assert all(name.startswith(("hint", "squeeze", "named", "found", "compared")) for name in missing)
     processor = Processor(checkpoint.folder, checkpoint.config)
     known = questions.Known.of(shown)
     example = next(
@@ -146,6 +147,48 @@ def test_branches_lie_in_rows_whole_and_see_only_their_prefix(maker: object, sho
     )
     assert set(owners[seen[0, row, column]].tolist()) == {0, 2}
     assert int(seen[0, row, column].sum()) == int((examples[0].branch == 0).sum()) + 1  # the prefix and itself
+
+
+def test_answers_are_taught_to_look_at_the_names_in_their_questions(maker: object, shown: object) -> None:
+    known = questions.Known.of(shown)
+    examples = [maker.multi(known, np.random.default_rng(seed)) for seed in range(8)]
+    batch = sequences.collate(examples)
+    found = training_module("hints").compared(batch).tolist()
+    assert len({(row, column) for row, column, *_ in found}) == len(found)
+    written = 0
+    for row, example in enumerate(examples):
+        of_row = [one for one in found if one[0] == row]
+        listed = {f"<Prompt{number}>" for number in example.numbers.tolist()}
+        for asked in example.asked:
+            names = [word for word in re.findall(r"<Prompt\d>", asked.text) if word in listed]
+            count = len(maker.tokenizer.encode(asked.answer)) + 1 if names else 0
+            some, of_row = of_row[:count], of_row[count:]
+            written += count
+            for _, column, first, last, *regions in some:
+                assert batch.answers[row, column + 1]
+                pair = [maker.tokenizer.decode([int(batch.ids[row, place])]) for place in (first, last)]
+                assert pair == [names[0], names[-1]]
+                assert batch.names[regions].tolist() == batch.ids[row, [first, last]].tolist()
+        assert not of_row
+    assert written > 100
+
+
+def test_attention_is_taught_to_be_even(checkpoint: Checkpoint, maker: object, shown: object) -> None:
+    """Attention that is even over a token's past costs nothing where all of it is wanted, and log 2 where half is."""
+    batch = sequences.collate([maker.multi(questions.Known.of(shown), np.random.default_rng(0))])
+    decoder = training_module("network").TrainedGAR(checkpoint.config).language_model.model
+    with torch.no_grad():
+        decoder.layers[1].self_attn.q_proj.weight.zero_()
+    hidden = tuple(torch.randn(*batch.ids.shape, decoder.config.hidden_size) for _ in range(2))
+    columns = torch.tensor([9, 19])
+    past = torch.arange(batch.ids.shape[1]) <= columns[:, None]
+    loss = training_module("hints").attention_loss
+    queries = (torch.zeros(2, dtype=torch.long), columns)
+    torch.testing.assert_close(loss(decoder, 1, batch, hidden, queries, past), torch.tensor(0.0))
+    half = past & (torch.arange(batch.ids.shape[1]) % 2 == 0)
+    torch.testing.assert_close(loss(decoder, 1, batch, hidden, queries, half), torch.tensor(2.0).log())
+    both = torch.stack([past, half], dim=1)  # each group of heads its own
+    torch.testing.assert_close(loss(decoder, 1, batch, hidden, queries, both), torch.tensor(2.0).log() / 2)
 
 
 def test_every_hint_and_answer_can_be_learnt(checkpoint: Checkpoint, maker: object, shown: object) -> None:

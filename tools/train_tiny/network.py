@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import torch
 from attributes import COLOURS
+from hints import attention_loss, compared, mentions, name_places, shown_loss
 from sequences import COLOUR_UNKNOWN, Batch
 from torch import nn
 from torch.nn import functional
 from transformers import AttentionInterface, LlamaForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import rotate_half
 
 from garserve.config import GARConfig
 from garserve.model.encoder import RegionEncoder
@@ -19,7 +19,7 @@ from garserve.model.reference import llama_config
 # Layers of the decoder after which it is asked what it has found out (0: the embeddings).
 _NAMED_AFTER, _FOUND_AFTER = 1, (2, 3)
 _PLACE_GAIN = 3.0
-_NAMING_LAYER, _POINTING_LAYER = 0, 1  # whose attention is taught, counted from 0
+_NAMING_LAYER, _POINTING_LAYER, _COMPARING_LAYER = 0, 1, 2  # whose attention is taught, counted from 0
 _EVERY = 7  # of the crop tokens, this one is asked whom it belongs to: they are many
 
 
@@ -73,11 +73,12 @@ class Losses:
 class TrainedGAR(nn.Module):
     """Forward pass over padded sequences. Names of encoder and language_model are those of the reference.
 
-    Three kinds of heads give hints while it learns, and are no part of the checkpoint: what a region's replayed tokens
-    show (colour, box, area); at each crop token inside the decoder, whose region it is; and at each name of a region in
-    a question, again what that region shows. The attention of two layers is taught, too: of
-    crop tokens to their names, and of names in questions to their crop tokens. Without all this, a decoder of this
-    size takes hours to find out which tokens a name belongs to.
+    Four kinds of heads give hints while it learns, and are no part of the checkpoint: what a region's replayed tokens
+    show (colour, box, area); at each crop token inside the decoder, whose region it is; at each name of a region in
+    a question, again what that region shows; and where an answer is written, what the first and the last region named
+    in its question show. The attention of three layers is taught, too: of crop tokens to their names, of names in
+    questions to their crop tokens, and of answers to the names in their questions. Without all this, a decoder of this
+    size takes hours to find out which tokens a name belongs to, and longer to compare two regions.
     """
 
     def __init__(self, config: GARConfig) -> None:
@@ -92,6 +93,9 @@ class TrainedGAR(nn.Module):
         self.named = nn.Linear(width, config.prompt_count)
         self.found = nn.ModuleList(nn.Linear(width, shown) for _ in _FOUND_AFTER)
         self.reset()
+        self.compared = nn.Linear(width, 2 * shown)
+        for weight in self.compared.parameters():
+            nn.init.zeros_(weight)
 
     def reset(self) -> None:
         """Draw the first weights."""
@@ -129,7 +133,7 @@ class TrainedGAR(nn.Module):
             features, regions = self._encode(batch)
         guessed = self.hint(self.squeeze(regions).flatten(1))
         everything = torch.arange(len(guessed))
-        hints = _shown_loss(guessed, batch, everything)
+        hints = shown_loss(guessed, batch, everything)
         known = batch.colours != COLOUR_UNKNOWN
         colour_right = float((guessed[known, :-5].argmax(-1) == batch.colours[known]).float().mean())
         if not decoder:
@@ -177,7 +181,7 @@ class TrainedGAR(nn.Module):
 
     def _inner_hints(self, batch: Batch, hidden: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Ask inside the decoder: of crop tokens whose they are, of names in questions what their regions show."""
-        tokens, crops = self.config.tokens_per_tile, self._crops(batch)
+        decoder, tokens, crops = self.language_model.model, self.config.tokens_per_tile, self._crops(batch)
         loss = functional.cross_entropy(
             self.named(hidden[_NAMED_AFTER][crops]), batch.numbers.repeat_interleave(tokens)
         )
@@ -186,77 +190,30 @@ class TrainedGAR(nn.Module):
         owner[crops] = torch.arange(len(batch.owner)).repeat_interleave(tokens)
         rows, columns = crops.nonzero(as_tuple=True)
         some = slice(None, None, _EVERY)
-        names = _name_places(batch, owner)[owner[rows, columns]]
-        loss = loss + self._attention_loss(
-            batch, hidden, _NAMING_LAYER, (rows[some], columns[some]), places == names[some, None]
+        names = name_places(batch, owner)[owner[rows, columns]]
+        loss = loss + attention_loss(
+            decoder, _NAMING_LAYER, batch, hidden, (rows[some], columns[some]), places == names[some, None]
         )
-        rows, columns, region = _mentions(batch)
+        rows, columns, region = mentions(batch)
         if len(rows):
             own = owner[rows] == region[:, None]
-            loss = loss + self._attention_loss(batch, hidden, _POINTING_LAYER, (rows, columns), own)
+            loss = loss + attention_loss(decoder, _POINTING_LAYER, batch, hidden, (rows, columns), own)
             for head, layer in zip(self.found, _FOUND_AFTER, strict=True):
-                loss = loss + 0.5 * _shown_loss(head(hidden[layer][rows, columns]), batch, region)
+                loss = loss + 0.5 * shown_loss(head(hidden[layer][rows, columns]), batch, region)
+        return loss + self._comparing_hints(batch, hidden)
+
+    def _comparing_hints(self, batch: Batch, hidden: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Ask where answers are written what the first and the last region named in the question show."""
+        decoder, asked = self.language_model.model, compared(batch)
+        if not len(asked):
+            return hidden[0].new_zeros(())
+        rows, columns = asked[:, 0], asked[:, 1]
+        named = asked[:, 2:4, None] == torch.arange(batch.ids.shape[1])  # [M, 2, L]
+        loss = attention_loss(decoder, _COMPARING_LAYER, batch, hidden, (rows, columns), named)
+        guesses = self.compared(hidden[_COMPARING_LAYER + 1][rows, columns]).chunk(2, dim=-1)
+        for guess, region in zip(guesses, asked[:, 4:].unbind(1), strict=True):
+            loss = loss + 0.5 * shown_loss(guess, batch, region)
         return loss
-
-    def _attention_loss(
-        self,
-        batch: Batch,
-        hidden: tuple[torch.Tensor, ...],
-        number: int,
-        queries: tuple[torch.Tensor, torch.Tensor],
-        wanted: torch.Tensor,
-    ) -> torch.Tensor:
-        """Loss of the attention that tokens (rows and columns [M]) pay to the `wanted` ones [M, L] of their sequences.
-
-        Of layer `number`, counted from 0, the first head of each group is taught.
-        """
-        decoder, config = self.language_model.model, self.language_model.config
-        layer, (rows, columns) = decoder.layers[number], queries
-        inner = layer.input_layernorm(hidden[number])
-        cos, sin = (part[:, :, None] for part in decoder.rotary_emb(inner, batch.positions))  # [B, L, 1, head]
-        groups, width = config.num_key_value_heads, config.head_dim
-        keys = layer.self_attn.k_proj(inner).unflatten(-1, (groups, width))
-        keys = keys * cos + rotate_half(keys) * sin
-        asking = layer.self_attn.q_proj(inner[rows, columns]).unflatten(-1, (groups, -1, width))[:, :, 0]
-        asking = asking * cos[rows, columns] + rotate_half(asking) * sin[rows, columns]
-        counts = rows.bincount(minlength=len(keys)).tolist()  # queries come example by example
-        pairs = zip(asking.split(counts), keys.unbind(), strict=True)
-        scores = torch.cat([torch.einsum("mgd,lgd->mgl", few, own) for few, own in pairs]) / width**0.5
-        branch = batch.branch[rows]
-        seen = (branch == 0) | (branch == batch.branch[rows, columns][:, None])
-        seen &= torch.arange(batch.ids.shape[1]) <= columns[:, None]
-        logs = scores.masked_fill(~seen[:, None], -torch.inf).log_softmax(-1)
-        return -logs.masked_fill(~wanted[:, None], -torch.inf).logsumexp(-1).mean()
-
-
-def _name_places(batch: Batch, owner: torch.Tensor) -> torch.Tensor:
-    """Return the column of the name before each region's crop tokens, [all regions]."""
-    places = []
-    for region, (row, name) in enumerate(zip(batch.owner.tolist(), batch.names.tolist(), strict=True)):
-        first = int((owner[row] == region).nonzero()[0, 0])
-        places.append(int((batch.ids[row, :first] == name).nonzero()[-1, 0]))
-    return torch.tensor(places)
-
-
-def _shown_loss(guessed: torch.Tensor, batch: Batch, region: torch.Tensor) -> torch.Tensor:
-    """Loss of guesses [N, colours + 5] about the regions [N]: colour where it is clear, box, logarithm of the area."""
-    colours, shapes = batch.colours[region], batch.shapes[region]
-    loss = 4 * functional.smooth_l1_loss(guessed[:, -5:-1], shapes[:, :4], beta=0.1)
-    loss = loss + 0.5 * functional.smooth_l1_loss(guessed[:, -1], shapes[:, 4] + 3.5)
-    if bool((colours != COLOUR_UNKNOWN).any()):
-        loss = loss + functional.cross_entropy(guessed[:, :-5], colours, ignore_index=COLOUR_UNKNOWN)
-    return loss
-
-
-def _mentions(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Find names of listed regions in the branches: row and column of each, and which of all regions it names."""
-    rows, columns, regions = [], [], []
-    for region, (owner, name) in enumerate(zip(batch.owner.tolist(), batch.names.tolist(), strict=True)):
-        places = ((batch.ids[owner] == name) & (batch.branch[owner] > 0)).nonzero()[:, 0]
-        rows.append(torch.full_like(places, owner))
-        columns.append(places)
-        regions.append(torch.full_like(places, region))
-    return torch.cat(rows), torch.cat(columns), torch.cat(regions)
 
 
 def _whole_answers(batch: Batch, learnt: torch.Tensor, right: torch.Tensor) -> list[list[bool]]:

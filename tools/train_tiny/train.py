@@ -44,15 +44,19 @@ class Examples(Dataset[Example]):
 
 def main(
     output: Annotated[Path, typer.Option("-o", help="Folder of the checkpoint; training goes on where it stopped.")],
-    steps: Annotated[int, typer.Option(help="Steps in all.")] = 3300,
-    vision_steps: Annotated[int, typer.Option(help="First steps, of the tower alone.")] = 900,
-    decoder_steps: Annotated[int, typer.Option(help="Next steps, of the decoder alone.")] = 900,
-    batch_size: Annotated[int, typer.Option(help="Pictures a step.")] = 16,
+    steps: Annotated[int, typer.Option(min=1, help="Steps in all.")] = 3000,
+    vision_steps: Annotated[int, typer.Option(min=0, help="First steps, of the tower alone.")] = 900,
+    decoder_steps: Annotated[int, typer.Option(min=0, help="Next steps, of the decoder alone.")] = 600,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures a step.")] = 16,
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 2e-3,
-    workers: Annotated[int, typer.Option(help="Processes that make pictures.")] = 1,
-    look_every: Annotated[int, typer.Option(help="Steps between looks at held-out data, which also save.")] = 250,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that make pictures.")] = 1,
+    look_every: Annotated[
+        int, typer.Option(min=1, help="Steps between looks at held-out data, which also save.")
+    ] = 250,
 ) -> None:
     """Train, and leave a whole checkpoint in the folder at every look."""
+    if vision_steps + decoder_steps > steps:
+        raise SystemExit(f"steps: expected at least {vision_steps} + {decoder_steps} steps in all, got {steps}")
     torch.manual_seed(0)
     config, preprocessor = preset("tiny")
     config["replay_box_scale"] = "geometric"
@@ -63,6 +67,9 @@ def main(
     model = TrainedGAR(parsed)
     optimizers = _optimizers(model, rate)
     done = _resume(output, model, optimizers)
+    if done >= steps:
+        print(f"{output}: trained for {done} steps already; --steps above that would go on")
+        return
     held_out = {
         "scenes": [maker((HELD_OUT, i), scene) for i in range(64)],
         "photographs": [maker((HELD_OUT, i), lambda rng: photograph(rng, HELD_OUT_PHOTOS)) for i in range(64)],
@@ -72,7 +79,7 @@ def main(
         batch_size,
         collate_fn=collate_by_length,
         num_workers=workers,
-        prefetch_factor=4,
+        prefetch_factor=4 if workers else None,
     )
     columns = (
         BarColumn(),
@@ -167,16 +174,21 @@ def _save(output: Path, model: TrainedGAR, optimizers: list[torch.optim.Optimize
     tensors = {name: weights[module_name(name)].contiguous() for name in expected_tensors(model.config)}
     if model.config.tied_head:
         tensors.pop(HEAD, None)
-    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+    _write_whole(tensors, output / "model.safetensors", {"format": "pt"})
     state = {f"model.{name}": tensor.contiguous().clone() for name, tensor in weights.items()}
     for number, optimizer in enumerate(optimizers):
         for index, values in optimizer.state_dict()["state"].items():
             state |= {
                 f"optimizer.{number}.{index}.{key}": torch.as_tensor(value).clone() for key, value in values.items()
             }
-    partial = output / (STATE + ".part")
-    save_file(state, partial, metadata={"done": str(done)})
-    partial.replace(output / STATE)
+    _write_whole(state, output / STATE, {"done": str(done)})
+
+
+def _write_whole(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a file that is there whole or not at all."""
+    partial = path.with_name(path.name + ".part")
+    save_file(tensors, partial, metadata=metadata)
+    partial.replace(path)
 
 
 def _resume(output: Path, model: TrainedGAR, optimizers: list[torch.optim.Optimizer]) -> int:

@@ -1,0 +1,94 @@
+"""What is asked inside the decoder while it learns: where names lie, what they should attend to, what they show."""
+
+import torch
+from sequences import COLOUR_UNKNOWN, Batch
+from torch.nn import functional
+from transformers.models.llama.modeling_llama import LlamaModel, rotate_half
+
+
+def name_places(batch: Batch, owner: torch.Tensor) -> torch.Tensor:
+    """Return the column of the name before each region's crop tokens, [all regions]."""
+    places = []
+    for region, (row, name) in enumerate(zip(batch.owner.tolist(), batch.names.tolist(), strict=True)):
+        first = int((owner[row] == region).nonzero()[0, 0])
+        places.append(int((batch.ids[row, :first] == name).nonzero()[-1, 0]))
+    return torch.tensor(places)
+
+
+def shown_loss(guessed: torch.Tensor, batch: Batch, region: torch.Tensor) -> torch.Tensor:
+    """Loss of guesses [N, colours + 5] about the regions [N]: colour where it is clear, box, logarithm of the area."""
+    colours, shapes = batch.colours[region], batch.shapes[region]
+    loss = 4 * functional.smooth_l1_loss(guessed[:, -5:-1], shapes[:, :4], beta=0.1)
+    loss = loss + 0.5 * functional.smooth_l1_loss(guessed[:, -1], shapes[:, 4] + 3.5)
+    if bool((colours != COLOUR_UNKNOWN).any()):
+        loss = loss + functional.cross_entropy(guessed[:, :-5], colours, ignore_index=COLOUR_UNKNOWN)
+    return loss
+
+
+def mentions(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Find names of listed regions in the branches: row and column of each, and which of all regions it names."""
+    rows, columns, regions = [], [], []
+    for region, (owner, name) in enumerate(zip(batch.owner.tolist(), batch.names.tolist(), strict=True)):
+        places = ((batch.ids[owner] == name) & (batch.branch[owner] > 0)).nonzero()[:, 0]
+        rows.append(torch.full_like(places, owner))
+        columns.append(places)
+        regions.append(torch.full_like(places, region))
+    return torch.cat(rows), torch.cat(columns), torch.cat(regions)
+
+
+def compared(batch: Batch) -> torch.Tensor:
+    """Find where answers are written, and the first and the last listed region that their questions name.
+
+    Returns int64 [M, 6]: row, column of the token before an answer's token, columns of the two names in the question,
+    and which of all regions they name. A question that names no listed region is left out.
+    """
+    regions: list[dict[int, int]] = [{} for _ in batch.asked]
+    for region, (owner, name) in enumerate(zip(batch.owner.tolist(), batch.names.tolist(), strict=True)):
+        regions[owner][name] = region
+    found = []
+    for row, (ids, branches, learnt) in enumerate(
+        zip(batch.ids.tolist(), batch.branch.tolist(), batch.answers.tolist(), strict=True)
+    ):
+        named: list[int] = []
+        for column in range(batch.prefix, len(ids)):
+            fresh = branches[column] != branches[column - 1] or (learnt[column - 1] and not learnt[column])
+            named = [] if fresh else named
+            if not learnt[column] and ids[column] in regions[row]:
+                named = [*named, column]
+            if named and column + 1 < len(ids) and learnt[column + 1]:
+                first, last = named[0], named[-1]
+                found.append([row, column, first, last, regions[row][ids[first]], regions[row][ids[last]]])
+    return torch.tensor(found, dtype=torch.long).reshape(-1, 6)
+
+
+def attention_loss(
+    decoder: LlamaModel,
+    number: int,
+    batch: Batch,
+    hidden: tuple[torch.Tensor, ...],
+    queries: tuple[torch.Tensor, torch.Tensor],
+    wanted: torch.Tensor,
+) -> torch.Tensor:
+    """Loss of the attention that tokens (rows and columns [M]) pay to the `wanted` ones of their sequences, evenly.
+
+    Of layer `number`, counted from 0, the first head of each group is taught: all of them the same where `wanted`
+    is [M, L], each its own where it is [M, groups, L].
+    """
+    layer, (rows, columns) = decoder.layers[number], queries
+    inner = layer.input_layernorm(hidden[number])
+    cos, sin = (part[:, :, None] for part in decoder.rotary_emb(inner, batch.positions))  # [B, L, 1, head]
+    groups, width = decoder.config.num_key_value_heads, decoder.config.head_dim
+    keys = layer.self_attn.k_proj(inner).unflatten(-1, (groups, width))
+    keys = keys * cos + rotate_half(keys) * sin
+    asking = layer.self_attn.q_proj(inner[rows, columns]).unflatten(-1, (groups, -1, width))[:, :, 0]
+    asking = asking * cos[rows, columns] + rotate_half(asking) * sin[rows, columns]
+    asked = rows.bincount(minlength=len(keys)).tolist()  # queries come example by example
+    pairs = zip(asking.split(asked), keys.unbind(), strict=True)
+    scores = torch.cat([torch.einsum("mgd,lgd->mgl", few, own) for few, own in pairs]) / width**0.5
+    branch = batch.branch[rows]
+    seen = (branch == 0) | (branch == batch.branch[rows, columns][:, None])
+    seen &= torch.arange(batch.ids.shape[1]) <= columns[:, None]
+    logs = scores.masked_fill(~seen[:, None], -torch.inf).log_softmax(-1)
+    each = wanted if wanted.ndim == 3 else wanted[:, None]
+    counts = each.sum(-1)
+    return -(logs.masked_fill(~each, 0).sum(-1) / counts + counts.log()).mean()
