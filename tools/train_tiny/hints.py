@@ -61,6 +61,21 @@ def compared(batch: Batch) -> torch.Tensor:
     return torch.tensor(found, dtype=torch.long).reshape(-1, 6)
 
 
+def matched(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Find where answers begin that depend on words in their question: row, column of the token before, words [M, L].
+
+    The words are those of the same turn: they stand between the answer before, or the branch's start, and this one.
+    """
+    learnt, named = batch.answers.bool(), batch.named.bool()
+    begins = learnt & ~learnt.roll(1, dims=1)
+    rows, columns = begins.nonzero(as_tuple=True)
+    turn = begins.cumsum(1)  # at an answer's first token, its number in the row; one less in its question
+    wanted = named[rows] & (turn[rows] == turn[rows, columns][:, None] - 1)
+    wanted &= batch.branch[rows] == batch.branch[rows, columns][:, None]
+    some = wanted.any(dim=1)
+    return rows[some], columns[some] - 1, wanted[some]
+
+
 def attention_loss(
     decoder: LlamaModel,
     number: int,

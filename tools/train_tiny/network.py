@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import torch
 from attributes import COLOURS
-from hints import attention_loss, compared, mentions, name_places, shown_loss
-from sequences import COLOUR_UNKNOWN, Batch
+from hints import attention_loss, compared, matched, mentions, name_places, shown_loss
+from questions import HINTED
+from sequences import COLOUR_UNKNOWN, WORD_UNKNOWN, Batch
 from torch import nn
 from torch.nn import functional
 from transformers import AttentionInterface, LlamaForCausalLM
@@ -19,7 +20,12 @@ from garserve.model.reference import llama_config
 # Layers of the decoder after which it is asked what it has found out (0: the embeddings).
 _NAMED_AFTER, _FOUND_AFTER = 1, (2, 3)
 _PLACE_GAIN = 3.0
-_NAMING_LAYER, _POINTING_LAYER, _COMPARING_LAYER = 0, 1, 2  # whose attention is taught, counted from 0
+_NAMING_LAYER, _POINTING_LAYER, _COMPARING_LAYER, _MATCHING_LAYER = (
+    0,
+    1,
+    2,
+    4,
+)  # whose attention is taught, counted from 0
 _EVERY = 7  # of the crop tokens, this one is asked whom it belongs to: they are many
 
 
@@ -73,11 +79,12 @@ class Losses:
 class TrainedGAR(nn.Module):
     """Forward pass over padded sequences. Names of encoder and language_model are those of the reference.
 
-    Four kinds of heads give hints while it learns, and are no part of the checkpoint: what a region's replayed tokens
+    Five kinds of heads give hints while it learns, and are no part of the checkpoint: what a region's replayed tokens
     show (colour, box, area); at each crop token inside the decoder, whose region it is; at each name of a region in
     a question, again what that region shows; and where an answer is written, what the first and the last region named
-    in its question show. The attention of three layers is taught, too: of crop tokens to their names, of names in
-    questions to their crop tokens, and of answers to the names in their questions. Without all this, a decoder of this
+    in its question show, and which word is true. The attention of four layers is taught, too: of crop tokens to their
+    names, of names in questions to their crop tokens, of answers to the names in their questions, and to the word or
+    the option there that decides. Without all this, a decoder of this
     size takes hours to find out which tokens a name belongs to, and longer to compare two regions.
     """
 
@@ -94,7 +101,8 @@ class TrainedGAR(nn.Module):
         self.found = nn.ModuleList(nn.Linear(width, shown) for _ in _FOUND_AFTER)
         self.reset()
         self.compared = nn.Linear(width, 2 * shown)
-        for weight in self.compared.parameters():
+        self.true_word = nn.Linear(width, len(HINTED))
+        for weight in (*self.compared.parameters(), *self.true_word.parameters()):
             nn.init.zeros_(weight)
 
     def reset(self) -> None:
@@ -213,6 +221,19 @@ class TrainedGAR(nn.Module):
         guesses = self.compared(hidden[_COMPARING_LAYER + 1][rows, columns]).chunk(2, dim=-1)
         for guess, region in zip(guesses, asked[:, 4:].unbind(1), strict=True):
             loss = loss + 0.5 * shown_loss(guess, batch, region)
+        return loss + self._matching_hints(batch, hidden)
+
+    def _matching_hints(self, batch: Batch, hidden: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Ask where an answer begins what is true, and teach it to look at the word or option in the question."""
+        decoder = self.language_model.model
+        rows, columns = (batch.words != WORD_UNKNOWN).nonzero(as_tuple=True)
+        loss = hidden[0].new_zeros(())
+        if len(rows):
+            guess = self.true_word(hidden[_MATCHING_LAYER][rows, columns - 1])
+            loss = loss + functional.cross_entropy(guess, batch.words[rows, columns])
+        rows, columns, wanted = matched(batch)
+        if len(rows):
+            loss = loss + attention_loss(decoder, _MATCHING_LAYER, batch, hidden, (rows, columns), wanted)
         return loss
 
 

@@ -34,6 +34,7 @@ SAME_FORMS = (
     "Do {a} and {b} have the same color?",
     "Are {a} and {b} the same colour?",
 )
+HINTED = (*(word for words in WORDS.values() for word in words), *RELATIONS, "larger", "smaller")
 # What is plainly false where a relation is true: never a direction across it, nor "overlapping" of what lies inside.
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 _FALSE = {
@@ -53,6 +54,8 @@ class Question:
     text: str | None  # None asks for the description in the single-region form
     answer: str
     truth: dict[str, str]
+    word: str | None = None  # of HINTED: what is true, in whatever form it is asked
+    named: tuple[int, int] | None = None  # the characters of `text` that the answer depends on: a word or the option
 
 
 @dataclass(frozen=True)
@@ -108,13 +111,13 @@ def about_one(known: Known, region: int, name: str, rng: Generator) -> Question 
     answer = f"{name} is at the {word} of the image." if attribute == "position" else f"{name} is {word}."
     form = rng.random()
     if form < 0.55:
-        return Question(attribute, "free", free, answer, {attribute: word})
+        return Question(attribute, "free", free, answer, {attribute: word}, word)
     others = [other for other in WORDS[attribute] if not _includes(other, word)]
     if form < 0.8:
         yes = bool(rng.random() < 0.5)
         asked = word if yes else str(rng.choice(others))
         text = f"Is {name} at the {asked} of the image?" if attribute == "position" else f"Is {name} {asked}?"
-        return _yes_no(attribute, text, yes)
+        return _yes_no(attribute, text, yes, word, asked)
     return _choice(attribute, free, word, [str(o) for o in rng.permutation(others)[:3]], rng)
 
 
@@ -131,11 +134,12 @@ def about_two(
             return None
         free = str(rng.choice(RELATION_FORMS)).format(**forms)
         if form < 0.6:
-            return Question("relation", "free", free, f"{names[a]} is {word} {names[b]}.", {"relation": word})
+            return Question("relation", "free", free, f"{names[a]} is {word} {names[b]}.", {"relation": word}, word)
         wrong = _OPPOSITE[word] if word in _OPPOSITE and rng.random() < 0.7 else str(rng.choice(_FALSE[word]))
         if form < 0.85:
             yes = bool(rng.random() < 0.5)
-            return _yes_no("relation", f"Is {names[a]} {word if yes else wrong} {names[b]}?", yes)
+            asked = word if yes else wrong
+            return _yes_no("relation", f"Is {names[a]} {asked} {names[b]}?", yes, word, asked)
         others = [str(o) for o in rng.permutation(_rivals(word))[:3]]
         return _choice("relation", free, word, others, rng)
     if kind < 0.85:
@@ -144,11 +148,13 @@ def about_two(
             return None
         word = "larger" if rng.random() < 0.6 else "smaller"
         first_is = bigger == (word == "larger")
+        truth = "larger" if bigger else "smaller"
         if form < 0.6:
             chosen = names[a] if first_is else names[b]
             text = str(rng.choice(LARGER_FORMS)).format(w=word, **forms)
-            return Question("larger", "free", text, f"{chosen} is {word}.", {"larger": chosen})
-        return _yes_no("larger", f"Is {names[a]} {word} than {names[b]}?", first_is)
+            answer = f"{chosen} is {word}."
+            return Question("larger", "free", text, answer, {"larger": chosen}, truth, _place(text, word))
+        return _yes_no("larger", f"Is {names[a]} {word} than {names[b]}?", first_is, truth, word)
     colours = known.labels[a].colour, known.labels[b].colour
     if None in colours or (colours[0] != colours[1] and rng.random() < 0.6):
         return None
@@ -256,8 +262,16 @@ def _includes(one: str, other: str) -> bool:
     return set(one.split()) <= set(other.split()) or set(other.split()) <= set(one.split())
 
 
-def _yes_no(attribute: str, text: str, yes: bool) -> Question:
-    return Question(attribute, "yes/no", text, "Yes." if yes else "No.", {attribute: "Yes" if yes else "No"})
+def _place(text: str, words: str) -> tuple[int, int]:
+    """Return where words stand in a text for the last time, with the space before them."""
+    start = text.rindex(f" {words}")
+    return start, start + 1 + len(words)
+
+
+def _yes_no(attribute: str, text: str, yes: bool, word: str | None = None, asked: str = "") -> Question:
+    place = _place(text, asked) if asked else None
+    answer = "Yes" if yes else "No"
+    return Question(attribute, "yes/no", text, f"{answer}.", {attribute: answer}, word, place)
 
 
 def _choice(attribute: str, text: str, word: str, others: list[str], rng: Generator) -> Question:
@@ -265,4 +279,5 @@ def _choice(attribute: str, text: str, word: str, others: list[str], rng: Genera
     letter = "ABCD"[options.index(word)]
     lines = "".join(f"\n{'ABCD'[i]}. {option}" for i, option in enumerate(options))
     asked = f"Question: {text}\nOptions:{lines}\nAnswer with the correct option's letter directly."
-    return Question(attribute, "choice", asked, letter, {attribute: letter})
+    start = asked.index(f"\n{letter}. ") + 3
+    return Question(attribute, "choice", asked, letter, {attribute: letter}, word, (start, start + 1 + len(word)))

@@ -14,7 +14,7 @@ from garserve.kernels.roi_axis import axis_weights
 from numpy.random import Generator
 from numpy.typing import NDArray
 from pictures import Picture, picture
-from questions import Known, Question, about_one, describe, prompt, questions
+from questions import HINTED, Known, Question, about_one, describe, prompt, questions
 
 from garserve.config import GARConfig
 from garserve.inputs.prompts import DEFAULT_SYSTEM, DESCRIBE, region_preamble
@@ -25,7 +25,17 @@ from garserve.inputs.tokenizer import GARTokenizer
 
 QUESTIONS = 14
 ROW = 128  # tokens of a row of branches, more where one branch is longer
-COLOUR_UNKNOWN = -100
+COLOUR_UNKNOWN = WORD_UNKNOWN = -100
+
+
+@dataclass
+class _Tokens:
+    """One branch, as the lists of an Example."""
+
+    ids: list[int]
+    answers: list[bool]
+    named: list[bool]
+    words: list[int]
 
 
 @dataclass
@@ -40,6 +50,8 @@ class Example:
     answers: torch.Tensor  # bool [L]: tokens to be predicted
     positions: torch.Tensor  # int64 [L]
     branch: torch.Tensor  # int64 [L]: 0 for the prefix
+    named: torch.Tensor  # bool [L]: tokens of questions that their answers depend on: the word asked, the right option
+    words: torch.Tensor  # int64 [L]: where an answer begins, the index in HINTED of what is true, or WORD_UNKNOWN
     branches: list[list[Question]]  # the turns of each branch
     numbers: torch.Tensor  # int64 [R]: K of each listed region's <PromptK>
     names: torch.Tensor  # int64 [R]: the token <PromptK>
@@ -110,13 +122,16 @@ class ExampleMaker:
             repeats = 2 if token == config.image_token_id else 1
             prefix += [token] * (repeats * config.tokens_per_tile if token in self._repeated else 1)
         ids, answers = list(prefix), [False] * len(prefix)
+        named, words = [False] * len(prefix), [WORD_UNKNOWN] * len(prefix)
         positions, branch = list(range(len(prefix))), [0] * len(prefix)
         for number, turns in enumerate(branches, start=1):
-            tokens, learnt = self._branch(turns)
-            ids += tokens
-            answers += learnt
-            positions += range(len(prefix), len(prefix) + len(tokens))
-            branch += [number] * len(tokens)
+            tokens = self._branch(turns)
+            ids += tokens.ids
+            answers += tokens.answers
+            named += tokens.named
+            words += tokens.words
+            positions += range(len(prefix), len(prefix) + len(tokens.ids))
+            branch += [number] * len(tokens.ids)
         masks = known.picture.masks
         pictured = self._pictured(known, listed)
         return Example(
@@ -125,6 +140,8 @@ class ExampleMaker:
             torch.tensor(answers),
             torch.tensor(positions),
             torch.tensor(branch),
+            torch.tensor(named),
+            torch.tensor(words),
             branches,
             torch.tensor(numbers),
             torch.tensor([special(prompt(number)) for number in numbers]),
@@ -134,17 +151,30 @@ class ExampleMaker:
             ),
         )
 
-    def _branch(self, turns: list[Question]) -> tuple[list[int], list[bool]]:
-        ids: list[int] = []
-        answers: list[bool] = []
+    def _branch(self, turns: list[Question]) -> "_Tokens":
+        tokens = _Tokens([], [], [], [])
         for number, one in enumerate(turns):
-            asked = DESCRIBE if one.text is None else one.text
             opening = self._header("user") if number else []
-            question = self.tokenizer.encode_parts([*opening, asked, self.end, *self._header("assistant")])
+            before = self.tokenizer.encode_parts(opening) if opening else []
+            asked = self.tokenizer.encode_parts([DESCRIBE if one.text is None else one.text])
+            question = [*before, *asked, *self.tokenizer.encode_parts([self.end, *self._header("assistant")])]
             answer = [*self.tokenizer.encode(one.answer), self.end]
-            ids += question + answer
-            answers += [False] * len(question) + [True] * len(answer)
-        return ids, answers
+            first, last = self._named(one, asked)
+            tokens.ids += question + answer
+            tokens.answers += [False] * len(question) + [True] * len(answer)
+            places = range(-len(before), len(question) + len(answer) - len(before))
+            tokens.named += [first <= place < last for place in places]
+            truth = WORD_UNKNOWN if one.word is None else HINTED.index(one.word)
+            tokens.words += [WORD_UNKNOWN] * len(question) + [truth] + [WORD_UNKNOWN] * (len(answer) - 1)
+        return tokens
+
+    def _named(self, one: Question, asked: list[int]) -> tuple[int, int]:
+        """Return which tokens of a question its answer depends on; (0, 0) where none, or where words share a token."""
+        if one.named is None or one.text is None:
+            return 0, 0
+        parts = [self.tokenizer.encode_parts([one.text[:end]]) for end in one.named]
+        fits = all(asked[: len(part)] == part for part in parts)
+        return (len(parts[0]), len(parts[1])) if fits else (0, 0)
 
     def _header(self, role: str) -> list[str | int]:
         return [
@@ -190,6 +220,8 @@ class Batch:
     answers: torch.Tensor
     positions: torch.Tensor
     branch: torch.Tensor  # -1 for padding
+    named: torch.Tensor
+    words: torch.Tensor
     asked: list[list[Question]]
     numbers: torch.Tensor  # [all regions]
     names: torch.Tensor
@@ -222,6 +254,8 @@ def collate(examples: list[Example]) -> Batch:
         laid_out("answers", 0),
         laid_out("positions", 0),
         laid_out("branch", -1),
+        laid_out("named", 0),
+        laid_out("words", WORD_UNKNOWN),
         [one.asked for one in examples],
         torch.cat([one.numbers for one in examples]),
         torch.cat([one.names for one in examples]),

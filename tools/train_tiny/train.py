@@ -44,7 +44,7 @@ class Examples(Dataset[Example]):
 
 def main(
     output: Annotated[Path, typer.Option("-o", help="Folder of the checkpoint; training goes on where it stopped.")],
-    steps: Annotated[int, typer.Option(min=1, help="Steps in all.")] = 3000,
+    steps: Annotated[int, typer.Option(min=1, help="Steps in all.")] = 3300,
     vision_steps: Annotated[int, typer.Option(min=0, help="First steps, of the tower alone.")] = 900,
     decoder_steps: Annotated[int, typer.Option(min=0, help="Next steps, of the decoder alone.")] = 600,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures a step.")] = 16,

@@ -1,0 +1,209 @@
+"""Every implementation of roi_replay against the scalar float64 loops, over regions of every kind."""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from garserve.kernels import replay_op
+from garserve.kernels.replay_op import FORCE, roi_replay
+from garserve.kernels.roi_replay_ref import roi_replay_ref, roi_replay_tiles_ref
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+# One launch has 0 to 64 regions, about 9 in the mean; more launches by GARSERVE_LAUNCHES.
+LAUNCHES = int(os.environ.get("GARSERVE_LAUNCHES", "250"))
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+KINDS = ("inside", "any", "outside", "no area", "inverted", "on cells", "at the limits", "small", "whole", "released")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The arguments of one call; `rows` are the output rows that it must fill."""
+
+    features: torch.Tensor
+    table: torch.Tensor
+    regions: torch.Tensor
+    boxes: torch.Tensor
+    out: torch.Tensor
+    side: int
+    sampling: int
+
+    @property
+    def rows(self) -> torch.Tensor:
+        starts = self.regions[:, 3].long()
+        return (starts[:, None] + torch.arange(self.side**2)).flatten()
+
+
+def box_of(kind: str, width: int, height: int, rng: np.random.Generator) -> list[float]:
+    """Draw a box in the cells of a map."""
+    size = np.array([width, height, width, height], dtype=float)
+    low, high = np.sort(rng.random((2, 2)), axis=0)
+    inside = np.concatenate([low, high]) * size
+    some = np.concatenate([rng.uniform(-0.6, 1.4, 2), rng.uniform(-0.6, 1.4, 2)]) * size
+    box = {
+        "inside": inside,
+        "any": some,
+        "outside": inside + size * rng.choice([-2, 2]),
+        "no area": np.concatenate([inside[:2], inside[:2]]),
+        "inverted": inside[[2, 3, 0, 1]],
+        "on cells": np.round(inside * 2) / 2,
+        "at the limits": rng.choice([-0.5, 0.0, 0.5, 1.0], 4) + np.array([0, 0, width, height]),
+        "small": np.concatenate([inside[:2], inside[:2] + rng.uniform(0, 0.5, 2)]),
+        "whole": np.array([0, 0, width, height]),
+        "released": inside / 28,
+    }[kind]
+    return [float(np.float32(edge)) for edge in box]
+
+
+@st.composite
+def launches(draw: st.DrawFn) -> Launch:
+    side = draw(st.sampled_from([4, 4, 8, 8, 16]))
+    channels = draw(st.sampled_from([8, 8, 64, 100, 2048]))
+    dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]))
+    grids = draw(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=3))
+    most = {4: 64, 8: 24, 16: 6}[side]
+    owners = draw(st.lists(st.integers(0, len(grids) - 1), max_size=most))
+    kinds = [draw(st.sampled_from(KINDS)) for _ in owners]
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    entries = sum(across * down for across, down in grids)
+    slots = entries + int(rng.integers(4))
+    table = rng.permutation(slots)[:entries].astype(np.int32)
+    if draw(st.booleans()):
+        table[rng.random(entries) < 0.2] = -1
+    firsts = np.cumsum([0, *(across * down for across, down in grids)])
+    starts = rng.permutation(len(owners)) * (side**2 + 1) + int(rng.integers(3))  # rows in any order, with gaps
+    boxes = [
+        box_of(kind, grids[owner][0] * side, grids[owner][1] * side, rng)
+        for owner, kind in zip(owners, kinds, strict=True)
+    ]
+    return Launch(
+        strided(rng.standard_normal((slots, side**2, channels), dtype=np.float32), dtype, draw(st.booleans())),
+        torch.from_numpy(table),
+        torch.tensor(
+            [[firsts[owner], *grids[owner], start] for owner, start in zip(owners, starts, strict=True)],
+            dtype=torch.int32,
+        ).reshape(-1, 4),
+        torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        torch.full((len(owners) * (side**2 + 1) + 5, channels), float("nan"), dtype=dtype),
+        side,
+        draw(st.sampled_from([2, 2, 2, 1, 3])),
+    )
+
+
+def strided(values: np.ndarray, dtype: torch.dtype, apart: bool) -> torch.Tensor:
+    """Values as a tensor; `apart` leaves gaps between tiles, tokens and channels' ends."""
+    tensor = torch.from_numpy(values).to(dtype)
+    if not apart:
+        return tensor
+    slots, tokens, channels = tensor.shape
+    wide = torch.full((slots, tokens + 1, channels + 3), float("nan"), dtype=dtype)
+    wide[:, :tokens, :channels] = tensor
+    return wide[:, :tokens, :channels]
+
+
+def check(launch: Launch, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FORCE, implementation)
+    untouched = torch.ones(len(launch.out), dtype=torch.bool)
+    untouched[launch.rows] = False
+    launch.out[untouched] = 7.0
+    arguments = (launch.features, launch.table, launch.regions, launch.boxes)
+    roi_replay(*arguments, launch.out, launch.side, launch.sampling)
+    assert bool((launch.out[untouched] == 7.0).all())
+    truth = roi_replay_tiles_ref(*arguments, launch.side, launch.sampling).flatten(0, 1)
+    ours = launch.out[launch.rows].double()
+    assert not ours.isnan().any()
+    if len(truth):
+        assert (ours - truth).abs().max() <= TOLERANCE[launch.features.dtype] * truth.abs().max()
+
+
+FUZZ = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+
+
+@settings(FUZZ, max_examples=2 * LAUNCHES)
+@given(launch=launches())
+def test_cpu_is_the_truth(launch: Launch) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        check(launch, "cpu", patch)
+
+
+@settings(FUZZ, max_examples=LAUNCHES)
+@given(launch=launches())
+def test_triton_is_the_truth(launch: Launch) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        check(launch, "triton", patch)
+
+
+def small(**changes: object) -> dict[str, object]:
+    arguments: dict[str, object] = {
+        "features": torch.randn(4, 16, 8),
+        "table": torch.arange(4, dtype=torch.int32),
+        "regions": torch.tensor([[0, 2, 2, 1]], dtype=torch.int32),
+        "boxes": torch.tensor([[1.0, 1.0, 6.5, 5.0]]),
+        "out": torch.zeros(20, 8),
+        "tokens_per_side": 4,
+    }
+    return arguments | changes
+
+
+def test_tiles_are_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The truth over tiles is the truth over the merged map."""
+    arguments = small()
+    features = arguments["features"]
+    merged = features.reshape(2, 2, 4, 4, 8).transpose(1, 2).reshape(8, 8, 8)
+    truth = roi_replay_ref(merged, (1.0, 1.0, 6.5, 5.0), 4)
+    monkeypatch.setenv(FORCE, "truth")
+    roi_replay(**arguments)
+    torch.testing.assert_close(arguments["out"][1:17].double(), truth, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("chosen", replay_op.IMPLEMENTATIONS)
+def test_no_regions(chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FORCE, chosen)
+    out = torch.full((3, 8), 2.0)
+    none = {"regions": torch.zeros(0, 4, dtype=torch.int32), "boxes": torch.zeros(0, 4)}
+    roi_replay(**small(out=out, **none))
+    assert bool((out == 2.0).all())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"features": torch.randn(4, 15, 8)},
+            r"features: expected .* \[slots, 16, C\], got torch.float32 \[4, 15, 8\]",
+        ),
+        ({"features": torch.randn(4, 16, 8).double()}, "features: expected bfloat16, float16 or float32"),
+        ({"features": torch.randn(4, 8, 16).transpose(1, 2)}, "features: expected a contiguous last dimension"),
+        ({"table": torch.arange(4)}, r"table: expected int32 \[entries\], got torch.int64"),
+        ({"regions": torch.zeros(1, 3, dtype=torch.int32)}, r"regions: expected contiguous int32 \[R, 4\]"),
+        ({"boxes": torch.zeros(2, 4)}, r"boxes: expected contiguous float32 \[1, 4\]"),
+        ({"out": torch.zeros(20, 9)}, r"out: expected torch.float32 \[rows, 8\]"),
+        ({"out": torch.zeros(20, 8).bfloat16()}, "out: expected torch.float32"),
+        ({"tokens_per_side": 0}, "tokens_per_side, sampling_ratio: expected 1 or more, got 0, 2"),
+    ],
+)
+def test_tensors_that_do_not_fit(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        roi_replay(**small(**changes))
+
+
+def test_unknown_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FORCE, "cuda")
+    with pytest.raises(ValueError, match="GARSERVE_REPLAY: expected one of triton, cpu, truth, got 'cuda'"):
+        roi_replay(**small())
+
+
+def test_compile_sees_the_operator() -> None:
+    arguments = small()
+    positional = (*(arguments[name] for name in ("features", "table", "regions", "boxes", "out")), 4)
+    torch.library.opcheck(roi_replay, positional, test_utils=("test_schema", "test_faketensor"))
+
+    def replayed(features: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros(20, 8)
+        roi_replay(features, *positional[1:4], out, 4)
+        return out * 2
+
+    compiled = torch.compile(replayed, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(arguments["features"]), replayed(arguments["features"]))
