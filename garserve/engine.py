@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from garserve.checkpoint import Checkpoint
 from garserve.config import BoxScale
@@ -16,6 +16,9 @@ from garserve.inputs.images import ImageSource, load_image
 from garserve.inputs.processor import PreparedRequest, Processor
 from garserve.inputs.prompts import stop_token_id
 from garserve.inputs.request import RegionRequest, Turn
+
+if TYPE_CHECKING:
+    from garserve.model.tile_cache import TileCounts
 
 BackendName = Literal["vllm", "reference"]
 
@@ -48,6 +51,9 @@ class Backend(Protocol):
     def submit(self, prepared: PreparedRequest, sampling: Sampling, on_report: OnReport) -> Callable[[], None]:
         """Queue a request and return a function that cancels it."""
 
+    def tile_counts(self) -> "TileCounts":
+        """Return what became of the tiles so far."""
+
     def close(self) -> None:
         """Give everything back."""
 
@@ -63,7 +69,8 @@ def load(
     """Load a GAR checkpoint (a folder, or a Hugging Face repo id) and return an engine for it.
 
     `max_num_tiles` (1 to 36) and `box_scale` override the checkpoint's own. `engine_options` go to the backend: for
-    "vllm" its EngineArgs, `separate_process` and `verbose`; for "reference" `dtype` and `batch_size`.
+    "vllm" its EngineArgs, `separate_process` and `verbose`; for "reference" `dtype` and `batch_size`; for both
+    `tile_cache_gb`, the memory that features of tiles are kept in (default 0.5 and 0).
     Raises CheckpointError where the checkpoint is not a whole GAR model.
     """
     if box_scale not in (None, *get_args(BoxScale)):
@@ -79,9 +86,11 @@ def load(
     if backend == "reference":
         from garserve.model.reference_backend import ReferenceBackend
 
-        unknown = sorted(set(engine_options) - {"dtype", "batch_size"})
+        unknown = sorted(set(engine_options) - {"dtype", "batch_size", "tile_cache_gb"})
         if unknown:
-            raise RequestError(f"engine option {unknown[0]!r} is none of the reference's (dtype, batch_size)")
+            raise RequestError(
+                f"engine option {unknown[0]!r} is none of the reference's (dtype, batch_size, tile_cache_gb)"
+            )
         return Engine(ReferenceBackend(opened, **engine_options), processor)
     raise RequestError(f"backend: expected 'vllm' or 'reference', got {backend!r}")
 
@@ -93,6 +102,11 @@ class Engine:
         self.backend = backend
         self.processor = processor
         self.stop_id = stop_token_id(processor.tokenizer)
+
+    @property
+    def tile_counts(self) -> "TileCounts":
+        """What became of the tiles so far: how many were asked for, computed, and found computed before."""
+        return self.backend.tile_counts()
 
     def describe(self, image: ImageSource, regions: Sequence[Any], **options: Any) -> list[Answer]:
         """Describe each region by itself, in the authors' single-region form; the image is read and tiled once.

@@ -41,6 +41,7 @@ def test_equal_with_the_decoder_on_two_ranks(mini: Path, reference: Engine, pict
     requests = mixed_requests(picture)
     with garserve.load(mini, "vllm", separate_process=True, tensor_parallel_size=2) as engine:
         assert tokens(engine, requests) == tokens(reference, requests)
+        assert engine.tile_counts.avoided > 0
 
 
 def test_an_engine_that_cannot_start_says_why_and_leaves_the_process_free(mini: Path, picture: np.ndarray) -> None:
@@ -53,3 +54,17 @@ def test_an_engine_that_cannot_start_says_why_and_leaves_the_process_free(mini: 
 def test_unknown_engine_option(mini: Path) -> None:
     with pytest.raises(RequestError, match="engine option 'max_modle_len' is none of vLLM's"):
         garserve.load(mini, "vllm", max_modle_len=3)
+
+
+@pytest.mark.parametrize("tiles", [0, 5])
+def test_equal_with_no_or_hardly_any_room_for_tiles(
+    mini: Path, reference: Engine, picture: np.ndarray, tiles: int
+) -> None:
+    requests = [*mixed_requests(picture), *reversed(mixed_requests(picture))]
+    config = reference.processor.config
+    room = (tiles + 0.5 * (tiles > 0)) * config.tokens_per_tile * config.hidden_size * 4 / 1e9
+    with garserve.load(mini, "vllm", tile_cache_gb=room, max_num_seqs=2) as engine:
+        assert tokens(engine, requests) == tokens(reference, requests)
+        counts = engine.tile_counts
+    assert counts.computed == counts.misses > 0
+    assert (counts.hits > 0) == (counts.evicted > 0) == (tiles > 0)

@@ -74,7 +74,7 @@ def _roi_align(path: Path) -> Iterator[Finding]:
         channels, height, width = arrays[key].shape
         grid = (width // side, height // side)
         tiles = arrays[key].reshape(channels, grid[1], side, grid[0], side).permute(1, 3, 2, 4, 0)
-        tiles = tiles.reshape(grid[0] * grid[1], side * side, channels)
+        tiles = tiles.reshape(grid[0] * grid[1], side * side, channels).contiguous()
         cells = torch.tensor([cells_box(box, grid, side) for box in boxes])
         golden_cells = arrays[f"boxes_feature_{number}"]
         error = largest_difference(cells, golden_cells) / float(golden_cells.abs().max().clamp(min=1.0))

@@ -1,6 +1,6 @@
 """The same model without one of its parts: what remains of the accuracy shows what the part is worth."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -9,7 +9,6 @@ from garserve.engine import Engine
 from garserve.errors import RequestError
 from garserve.evaluation.part import Part
 from garserve.inputs.processor import Item
-from garserve.model.encoder import RegionEncoder
 from garserve.model.reference_backend import ReferenceBackend
 
 
@@ -23,22 +22,26 @@ def without(part: Part, engine: Engine) -> Iterator[Engine]:
         raise RequestError(f"ablation: expected the reference backend, got {engine.backend.name!r}")
     encoder = engine.backend.model.encoder
     if part is Part.replay:
-        whole = RegionEncoder._embed
+        whole = encoder.encode
 
-        def silent(item: Item, features: torch.Tensor) -> torch.Tensor:
-            rows = whole(encoder, item, features)
-            return rows if item.roi is None else torch.zeros_like(rows)
+        def silent(items: Sequence[Item]) -> list[torch.Tensor]:
+            return [
+                rows if item.roi is None else torch.zeros_like(rows)
+                for item, rows in zip(items, whole(items), strict=True)
+            ]
 
-        encoder._embed = silent  # type: ignore[method-assign]
+        encoder.encode = silent  # type: ignore[method-assign]
         try:
             yield engine
         finally:
-            del encoder._embed
+            del encoder.encode
         return
     weight = encoder.tower.mask_patch_embedding.weight
     kept = weight.detach().clone()
     try:
         weight.data.zero_()
+        encoder.tile_cache.clear()
         yield engine
     finally:
         weight.data.copy_(kept)
+        encoder.tile_cache.clear()

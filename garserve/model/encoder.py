@@ -7,39 +7,76 @@ from torch import nn
 
 from garserve.config import GARConfig
 from garserve.inputs.processor import Item
-from garserve.model.replay import replay
+from garserve.model.replay import ReplayPlan
+from garserve.model.tile_cache import Placement, TileCache
 from garserve.model.vision import Projector, VisionTower
 
 
 class RegionEncoder(nn.Module):
-    """Vision tower, projector and replay of one checkpoint; each distinct tile of a call is computed once."""
+    """Vision tower, projector and replay of one checkpoint; tiles that were computed before are not computed again."""
 
-    def __init__(self, config: GARConfig, *, tiles_at_once: int = 32) -> None:
-        """Build the modules; `tiles_at_once` bounds the memory of one pass through the tower."""
+    def __init__(self, config: GARConfig, *, tiles_at_once: int = 32, tile_cache_gb: float = 0.0) -> None:
+        """Build the modules.
+
+        `tiles_at_once` bounds the memory of one pass through the tower, `tile_cache_gb` (10⁹ bytes) that of the tiles
+        which are kept from one call to the next.
+        """
         super().__init__()
         self.config = config
         self.tower = VisionTower(config.vision)
         self.projector = Projector(config)
         self.tiles_at_once = tiles_at_once
+        self.tile_cache = TileCache(tile_cache_gb)
 
     @torch.inference_mode()
     def encode(self, items: Sequence[Item]) -> list[torch.Tensor]:
-        """Return one tensor an item: [T·n², C] for an image of T tiles, [n², C] for a region."""
-        rows: dict[bytes, int] = {}
-        tiles, masks = [], []
-        for item in items:
-            for tile, mask, key in zip(item.tiles, item.masks, item.keys, strict=True):
-                if key not in rows:
-                    rows[key] = len(rows)
-                    tiles.append(tile)
-                    masks.append(mask)
-        if not rows:
-            return []
-        features = self.features(torch.stack(tiles), torch.stack(masks))
-        return [self._embed(item, features[[rows[key] for key in item.keys]]) for item in items]
+        """Return one tensor an item: [T·n², C] for an image of T tiles, [n², C] for a region.
 
-    def _embed(self, item: Item, features: torch.Tensor) -> torch.Tensor:
-        return features.flatten(0, 1) if item.roi is None else replay(features, item.roi, self.config.tokens_per_side)
+        They are views of one buffer, into which every row is written once.
+        """
+        if not items:
+            return []
+        placement, positions = self._place(items)
+        features, slots, tokens = placement.features, placement.slots, self.config.tokens_per_tile
+        counts = [tokens if item.roi else tokens * len(item.tiles) for item in items]
+        out = features.new_empty(sum(counts), features.shape[2])
+        views = list(out.split(counts))
+        plan, row = ReplayPlan(), 0
+        for item, count, view in zip(items, counts, views, strict=True):
+            own = [slots[positions[key]] for key in item.keys]
+            if item.roi:
+                plan.add(item.roi, own, row)
+            else:
+                torch.index_select(features, 0, _indices(own, features), out=view.unflatten(0, (-1, tokens)))
+            row += count
+        plan.run(features, out, self.config.tokens_per_side)
+        return views
+
+    def allocate(self) -> None:
+        """Allocate the tile cache where the weights are, if that was not done yet."""
+        self.tile_cache.allocate(self.projector.linear_2.weight, self.config.tokens_per_tile, self.config.hidden_size)
+
+    def _place(self, items: Sequence[Item]) -> tuple[Placement, dict[bytes, int]]:
+        """Compute the tiles that are not known, and say where all of them lie."""
+        tiles = {
+            key: (tile, mask)
+            for item in items
+            for tile, mask, key in zip(item.tiles, item.masks, item.keys, strict=True)
+        }
+        keys = list(tiles)
+        asked = sum(len(item.keys) for item in items)
+        self.allocate()
+        placement = self.tile_cache.place(keys, asked)
+        missing = [keys[position] for position in placement.missing]
+        if missing:
+            try:
+                computed = self.features(*(torch.stack(part) for part in zip(*map(tiles.get, missing), strict=True)))
+                slots = [placement.slots[position] for position in placement.missing]
+                placement.features.index_copy_(0, _indices(slots, computed), computed)
+            except BaseException:
+                self.tile_cache.forget(missing)
+                raise
+        return placement, {key: position for position, key in enumerate(keys)}
 
     def features(self, tiles: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         """Compute uint8 tiles [T, 3, S, S] with packed masks [T, S, ceil(S/8)] to features [T, n², C]."""
@@ -62,3 +99,8 @@ class RegionEncoder(nn.Module):
         shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=weight.device)
         bits = (masks.to(weight.device)[..., None] >> shifts) & 1
         return bits.flatten(-2)[..., : self.config.tile_size].to(weight.dtype)
+
+
+def _indices(slots: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    indices = torch.tensor(slots)
+    return indices if like.device.type == "cpu" else indices.pin_memory().to(like.device, non_blocking=True)

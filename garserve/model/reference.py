@@ -17,18 +17,20 @@ from garserve.model.encoder import RegionEncoder
 class ReferenceGAR(nn.Module):
     """Encoder and decoder of one checkpoint, greedy decoding for one or many requests."""
 
-    def __init__(self, config: GARConfig) -> None:
+    def __init__(self, config: GARConfig, *, tile_cache_gb: float = 0.0) -> None:
         super().__init__()
         self.config = config
-        self.encoder = RegionEncoder(config)
+        self.encoder = RegionEncoder(config, tile_cache_gb=tile_cache_gb)
         self.language_model = LlamaForCausalLM(llama_config(config))
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> "ReferenceGAR":
+    def load(
+        cls, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, *, tile_cache_gb: float = 0.0
+    ) -> "ReferenceGAR":
         """Build the model on the CPU and load every weight of an opened checkpoint."""
         try:
             with torch.device("meta"):
-                model = cls(checkpoint.config)
+                model = cls(checkpoint.config, tile_cache_gb=tile_cache_gb)
         except Exception as error:  # transformers checks the decoder's config in many ways
             raise CheckpointError(
                 f"{checkpoint.folder}: the decoder's config is refused by transformers ({' '.join(str(error).split())})"

@@ -11,6 +11,7 @@ from garserve.errors import GarserveError, RequestError
 from garserve.generation import OnReport, Progress, Sampling, deliver
 from garserve.inputs.processor import PreparedRequest
 from garserve.model.reference import ReferenceGAR
+from garserve.model.tile_cache import TileCounts
 
 _Job = tuple[PreparedRequest, Sampling, OnReport, threading.Event]
 
@@ -20,15 +21,20 @@ class ReferenceBackend:
 
     name = "reference"
 
-    def __init__(self, checkpoint: Checkpoint, *, dtype: str = "float32", batch_size: int = 4) -> None:
-        """Load the weights in `dtype` and start the thread; at most `batch_size` requests are decoded together."""
+    def __init__(
+        self, checkpoint: Checkpoint, *, dtype: str = "float32", batch_size: int = 4, tile_cache_gb: float = 0.0
+    ) -> None:
+        """Load the weights in `dtype` and start the thread; at most `batch_size` requests are decoded together.
+
+        `tile_cache_gb` (10⁹ bytes) is kept for features of tiles; 0 computes them anew for every request.
+        """
         try:
             torch_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
         except (KeyError, TypeError):
             raise RequestError(f"dtype: expected float32, bfloat16 or float16, got {dtype!r}") from None
         if type(batch_size) is not int or batch_size < 1:
             raise RequestError(f"batch_size: expected at least 1, got {batch_size!r:.80}")
-        self.model = ReferenceGAR.load(checkpoint, torch_dtype)
+        self.model = ReferenceGAR.load(checkpoint, torch_dtype, tile_cache_gb=tile_cache_gb)
         self._batch_size = batch_size
         self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._closed = False
@@ -44,6 +50,10 @@ class ReferenceBackend:
         cancelled = threading.Event()
         self._inbox.put((prepared, sampling, on_report, cancelled))
         return cancelled.set
+
+    def tile_counts(self) -> TileCounts:
+        """Return what became of the tiles so far."""
+        return self.model.encoder.tile_cache.counts
 
     def close(self) -> None:
         """End the thread after the requests that wait."""

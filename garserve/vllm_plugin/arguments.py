@@ -12,13 +12,19 @@ from typing import TYPE_CHECKING, Any
 from garserve.config import GARConfig
 from garserve.errors import RequestError
 from garserve.generation import Sampling
+from garserve.model.tile_cache import DEFAULT_GB
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
 
 def engine_arguments(
-    folder: Path, config: GARConfig, options: dict[str, Any], *, in_process: bool = True
+    folder: Path,
+    config: GARConfig,
+    options: dict[str, Any],
+    *,
+    in_process: bool = True,
+    tile_cache_gb: float = DEFAULT_GB,
 ) -> dict[str, Any]:
     """Return the arguments of vLLM's EngineArgs: garserve's choices, and over them whatever `options` says.
 
@@ -33,7 +39,8 @@ def engine_arguments(
         "use_tqdm_on_load": False,
         "disable_log_stats": True,
         "enable_prefix_caching": True,
-        "hf_overrides": {"replay_box_scale": config.replay_box_scale},
+        "hf_overrides": {"replay_box_scale": config.replay_box_scale, "tile_cache_gb": tile_cache_gb},
+        "worker_extension_cls": "garserve.vllm_plugin.worker.WorkerExtension",
     }
     if in_process:
         chosen["mm_processor_cache_gb"] = 0  # nothing is sent anywhere, so there is nothing to save

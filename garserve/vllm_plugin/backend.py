@@ -8,6 +8,7 @@ from garserve.checkpoint import Checkpoint
 from garserve.errors import GarserveError
 from garserve.generation import OnReport, Sampling
 from garserve.inputs.processor import PreparedRequest
+from garserve.model.tile_cache import DEFAULT_GB, TileCache, TileCounts
 from garserve.vllm_plugin.arguments import engine_arguments, quiet
 from garserve.vllm_plugin.driver import EngineDriver
 
@@ -25,12 +26,14 @@ class VLLMBackend:
         checkpoint: Checkpoint,
         *,
         max_num_tiles: int | None = None,
+        tile_cache_gb: float = DEFAULT_GB,
         separate_process: bool = False,
         verbose: bool = False,
         **options: Any,
     ) -> None:
         """Start an engine; `options` are vLLM's EngineArgs (`max_model_len`, `gpu_memory_utilization`, …).
 
+        `tile_cache_gb` (10⁹ bytes, on each rank) is kept for features of tiles; 0 computes them anew in every step.
         `separate_process` runs the engine core in a process of its own: preparation and decoding then never wait
         for each other's interpreter lock, at the price of a second start.
         """
@@ -43,7 +46,13 @@ class VLLMBackend:
                     "max_num_tiles": max_num_tiles,
                     **options.get("mm_processor_kwargs", {}),
                 }
-            arguments = engine_arguments(checkpoint.folder, checkpoint.config, options, in_process=not separate_process)
+            arguments = engine_arguments(
+                checkpoint.folder,
+                checkpoint.config,
+                options,
+                in_process=not separate_process,
+                tile_cache_gb=TileCache(tile_cache_gb).gigabytes,
+            )
             self.driver = EngineDriver(arguments, separate_process=separate_process)
         except GarserveError:
             self._release_process()
@@ -72,6 +81,10 @@ class VLLMBackend:
     def submit(self, prepared: PreparedRequest, sampling: Sampling, on_report: OnReport) -> Callable[[], None]:
         """Queue a request; reports come from the engine's thread. Returns a function that cancels it."""
         return self.driver.submit(prepared, sampling, on_report)
+
+    def tile_counts(self) -> TileCounts:
+        """Return what became of the tiles so far, on the first rank (all ranks compute the same)."""
+        return TileCounts(**self.driver.call(lambda engine: engine.collective_rpc("tile_counts"))[0])
 
     def close(self) -> None:
         """Stop the engine."""

@@ -5,10 +5,14 @@ from typing import Any
 from transformers import LlamaConfig, PretrainedConfig
 
 from garserve.config import BoxScale
+from garserve.model.tile_cache import DEFAULT_GB
 
 
 class GARHFConfig(PretrainedConfig):
-    """Holds the authors' nested config; `text_config` is what vLLM sizes the decoder by."""
+    """Holds the authors' nested config; `text_config` is what vLLM sizes the decoder by.
+
+    `replay_box_scale` and `tile_cache_gb` are garserve's own, and reach the engine's processes this way.
+    """
 
     model_type = "GAR"
     sub_configs = {"text_config": LlamaConfig}
@@ -18,10 +22,12 @@ class GARHFConfig(PretrainedConfig):
         mllm_config: dict[str, Any] | None = None,
         replay_box_scale: BoxScale = "released",
         text_config: dict[str, Any] | LlamaConfig | None = None,
+        tile_cache_gb: float = DEFAULT_GB,
         **kwargs: Any,
     ) -> None:
         self.mllm_config = dict(mllm_config or {})
         self.replay_box_scale = replay_box_scale
+        self.tile_cache_gb = tile_cache_gb
         text = text_config if text_config is not None else self.mllm_config.get("text_config", {})
         if not isinstance(text, LlamaConfig):
             text = LlamaConfig(**{key: value for key, value in text.items() if key != "model_type"})

@@ -45,7 +45,7 @@ class GARForRegions(nn.Module, SupportsMultiModal, SupportsPP):
         with self._mark_tower_model(vllm_config, "image"):
             # One pass through the tower is never larger than the image that vLLM profiles its memory with.
             most = engine_max_num_tiles(vllm_config.model_config) or self.gar_config.max_num_tiles
-            self.encoder = RegionEncoder(self.gar_config, tiles_at_once=1 + most)
+            self.encoder = RegionEncoder(self.gar_config, tiles_at_once=1 + most, tile_cache_gb=hf_config.tile_cache_gb)
         with self._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config,
@@ -88,5 +88,12 @@ class GARForRegions(nn.Module, SupportsMultiModal, SupportsPP):
         return self.language_model.compute_logits(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load a checkpoint's tensors by name; vLLM refuses unknown ones and missing ones."""
-        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        """Load a checkpoint's tensors by name; vLLM refuses unknown ones and missing ones.
+
+        Tiles that were computed with other weights are forgotten. The cache is allocated here, so that vLLM counts it
+        among the model's memory.
+        """
+        loaded = AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        self.encoder.allocate()
+        self.encoder.tile_cache.clear()
+        return loaded
