@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint setup lock clean
+.PHONY: demo test lint gpu-check setup lock clean
 
 demo: setup
 	$(BIN)/garserve demo
@@ -17,6 +17,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# On a machine with a GPU, in an environment with garserve[gpu]: every kernel against its truth there, then its speed.
+gpu-check:
+	GARSERVE_TEST_DEVICE=cuda $(PYTHON) -m pytest tests/test_kernels.py -q
+	$(PYTHON) benchmarks/replay.py --device cuda --save
 
 setup: $(READY)
 

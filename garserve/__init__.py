@@ -1,6 +1,6 @@
 """garserve: the deployment runtime for Grasp Any Region models.
 
->>> engine = garserve.load("path/or/repo-id")
+>>> engine = garserve.load("path/or/repo-id")  # without an argument: the tiny checkpoint inside the package
 >>> engine.describe("photo.jpg", [garserve.Region.from_box([10, 20, 200, 300])])
 """
 

@@ -7,6 +7,7 @@ sharded with `model.safetensors.index.json`. Pickled weights are never opened.
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from garserve.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
+TINY = "tiny"  # the trained checkpoint inside the package
 HEAD = "mllm.lm_head.weight"
 EMBEDDINGS = "mllm.model.language_model.embed_tokens.weight"
 
@@ -121,14 +123,19 @@ def _decoder_tensors(config: GARConfig) -> dict[str, tuple[int, ...]]:
 def resolve(checkpoint: str | Path) -> Path:
     """Return the folder of a checkpoint: a local folder, or a Hugging Face repo id, fetched without its code.
 
-    Raises CheckpointError where it is neither.
+    The text "tiny" is the checkpoint that comes with garserve (`./tiny` is a folder of that name).
+    Raises CheckpointError where it is none of these.
     """
+    if checkpoint == TINY:
+        return Path(str(files("garserve") / "data" / TINY))
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
         return folder
     name = str(checkpoint)
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise CheckpointError(f"checkpoint {name!r}: no such folder, and not a Hugging Face repo id (owner/name)")
+        raise CheckpointError(
+            f"checkpoint {name!r}: no such folder, and neither {TINY!r} nor a Hugging Face repo id (owner/name)"
+        )
     from huggingface_hub import snapshot_download
 
     try:

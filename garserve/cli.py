@@ -11,6 +11,8 @@ import typer
 from rich.markup import escape
 
 from garserve import __version__
+from garserve.checkpoint import TINY
+from garserve.cli_doctor import doctor
 from garserve.cli_eval import evaluations
 from garserve.cli_options import (
     AskOption,
@@ -31,6 +33,7 @@ from garserve.cli_options import (
     RegionCommand,
     RleOption,
     ScribbleOption,
+    TileCacheOption,
     VerboseOption,
     WidthOption,
     XywhOption,
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 app.add_typer(evaluations, name="eval")
+app.command()(doctor)
 
 
 @app.callback(invoke_without_command=True)
@@ -79,7 +83,7 @@ def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
 def describe(
     context: typer.Context,
     image: Annotated[str, typer.Argument(help="Image file.")],
-    checkpoint: CheckpointOption,
+    checkpoint: CheckpointOption = TINY,
     box: BoxOption = None,
     xywh: XywhOption = None,
     mask: MaskOption = None,
@@ -138,10 +142,11 @@ def batch(
         Path, typer.Option("--input", "-i", exists=True, dir_okay=False, help="Requests, one JSON object a line.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Answers, one JSON object a line, in the same order.")],
-    checkpoint: CheckpointOption,
+    checkpoint: CheckpointOption = TINY,
     max_tokens: MaxTokensOption = 256,
     max_num_tiles: MaxTilesOption = None,
     box_scale: BoxScaleOption = None,
+    tile_cache_gb: TileCacheOption = None,
     backend: Backend = "vllm",
     engine_option: EngineOption = None,
     as_json: JsonOption = False,
@@ -158,7 +163,7 @@ def batch(
     from garserve.batch.job import Totals, check_paths, count_lines, run_batch
 
     check_paths(input_file, output)
-    choices = {"max_num_tiles": max_num_tiles, "box_scale": box_scale}
+    choices = {"max_num_tiles": max_num_tiles, "box_scale": box_scale, "tile_cache_gb": tile_cache_gb}
     with open_engine(checkpoint, backend, engine_option, verbose, **choices) as engine:
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
         with Progress(*columns, console=status_console) as progress:
@@ -168,62 +173,33 @@ def batch(
                 progress.update(task, completed=totals.rows, description=f"rows, {totals.errors} errors")
 
             totals = run_batch(engine, input_file, output, max_tokens=max_tokens, on_row=advance)
-    summary = {"output": str(output), **totals.__dict__}
+        tiles = engine.tile_counts
+    counted = {"tiles": tiles.asked, "tiles_computed": tiles.computed}
+    summary = {"output": str(output), **totals.__dict__, **counted}
     if as_json:
         typer.echo(json.dumps(summary))
     else:
         console.print(
-            f"{totals.rows} rows, {totals.errors} of them errors, {totals.regions} regions: {escape(str(output))}"
+            f"{totals.rows} rows, {totals.errors} of them errors, {totals.regions} regions, {tiles.computed} of "
+            f"{tiles.asked} tiles computed: {escape(str(output))}"
         )
 
 
 @app.command()
-def doctor(as_json: JsonOption = False) -> None:
-    """Show versions and device, and check that vLLM sees garserve and that replay tells the truth.
-
-    Exits with 1 when a check fails.
-    """
-    from garserve.doctor import examine
-
-    with status_console.status("Examining ..."):
-        checks = list(examine())
-    if as_json:
-        typer.echo(json.dumps([check.as_json() for check in checks], indent=2))
-    else:
-        for check in checks:
-            mark = {None: " ", True: "[green]✓[/]", False: "[red]✗[/]"}[check.passed]
-            console.print(f"{mark} {check.name:<30} {escape(check.value)}", soft_wrap=True)
-    if any(check.passed is False for check in checks):
-        raise typer.Exit(1)
-
-
-@app.command()
 def demo(
-    folder: Annotated[Path, typer.Option("--output", "-o", help="Where the picture and the checkpoint go.")] = Path(
-        "demo-out"
-    ),
+    folder: Annotated[Path, typer.Option("--output", "-o", help="Where the picture goes.")] = Path("demo-out"),
     backend: Backend = "vllm",
     verbose: VerboseOption = False,
 ) -> None:
-    """Describe three regions of a photograph that comes with garserve, and relate two of them.
-
-    The weights are random, made on the spot: the whole road is real, the sentences are noise.
-    """
-    from garserve.demo import NOTE, run_demo
+    """Describe three regions of a photograph, and relate two of them; both picture and model come with garserve."""
+    from garserve.demo import run_demo
 
     rows = []
-    with open_engine(str(_demo_checkpoint(folder)), backend, None, verbose) as engine:
+    with open_engine(TINY, backend, None, verbose) as engine:
         for name, answer in run_demo(engine, folder / "regions.png"):
             rows.append(_row(answer, name))
     _show(rows, as_json=False)
-    console.print(f"[dim]{NOTE}[/]")
     console.print(f"Picture: {folder / 'regions.png'}")
-
-
-def _demo_checkpoint(folder: Path) -> Path:
-    from garserve.model.random_checkpoint import write_random_checkpoint
-
-    return write_random_checkpoint(folder / "random-checkpoint")
 
 
 def main() -> None:

@@ -7,7 +7,16 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from garserve.cli_options import Backend, CheckpointOption, EngineOption, JsonOption, LimitOption, VerboseOption
+from garserve.checkpoint import TINY
+from garserve.cli_options import (
+    Backend,
+    CheckpointOption,
+    EngineOption,
+    JsonOption,
+    LimitOption,
+    TileCacheOption,
+    VerboseOption,
+)
 from garserve.cli_shared import console, open_engine, status_console
 from garserve.errors import RequestError
 from garserve.evaluation.part import Part
@@ -29,8 +38,11 @@ def root() -> None:
 
 @evaluations.command()
 def tiny(
-    data: Annotated[Path, typer.Argument(help="Folder with questions.jsonl and the images that it names.")],
-    checkpoint: CheckpointOption,
+    data: Annotated[
+        Path | None,
+        typer.Argument(help="Folder with questions.jsonl and the images that it names (default: those of garserve)."),
+    ] = None,
+    checkpoint: CheckpointOption = TINY,
     limit: LimitOption = None,
     ablation: Annotated[
         list[Part] | None, typer.Option(help="Also without this part (reference backend only); may be repeated.")
@@ -39,15 +51,16 @@ def tiny(
         Path | None, typer.Option(help="Write every question and answer here, one JSON object a line.")
     ] = None,
     backend: Backend = "vllm",
+    tile_cache_gb: TileCacheOption = None,
     engine_option: EngineOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Ask questions with known answers (from tools/train_tiny/make_eval.py), and print how many are answered truly.
+    """Ask questions with known answers about held-out scenes and photographs, and print how many are answered truly.
 
-    The true answers are in the words that a tiny checkpoint is taught; other checkpoints answer in their own.
+    The true answers are in the words that the tiny checkpoint was taught; other checkpoints answer in their own.
     """
-    from garserve.evaluation.questions import read_questions
+    from garserve.evaluation.questions import PACKAGED, read_questions
     from garserve.evaluation.report import check_target, json_report, show_report, write_answers
     from garserve.evaluation.run import run_evaluations
 
@@ -56,9 +69,9 @@ def tiny(
         raise RequestError(f"--ablation: expected --backend reference, got {backend}")
     if answers is not None:
         check_target(answers)
-    questions = read_questions(data, limit)
+    questions = read_questions(data or PACKAGED, limit)
     with (
-        open_engine(checkpoint, backend, engine_option, verbose) as engine,
+        open_engine(checkpoint, backend, engine_option, verbose, tile_cache_gb=tile_cache_gb) as engine,
         Progress(*_COLUMNS, console=status_console) as progress,
     ):
         task = progress.add_task("questions", total=len(questions) * (1 + len(parts)))

@@ -16,7 +16,7 @@ CheckpointOption = Annotated[
         "--checkpoint",
         "-c",
         envvar="GARSERVE_CHECKPOINT",
-        help="GAR checkpoint: a folder, or a Hugging Face repo id.",
+        help="GAR checkpoint: a folder, a Hugging Face repo id, or tiny, the small one that comes with garserve.",
     ),
 ]
 Backend = Annotated[Literal["vllm", "reference"], typer.Option(help="What decodes.")]
@@ -27,6 +27,10 @@ MaxTilesOption = Annotated[
 BoxScaleOption = Annotated[
     Literal["released", "geometric"] | None,
     typer.Option(help="How a box becomes feature cells (default: the checkpoint's own)."),
+]
+TileCacheOption = Annotated[
+    float | None,
+    typer.Option(min=0, help="Memory for features of tiles that were computed, in GB (default: the backend's own)."),
 ]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="Ask only so many questions, evenly taken.")]
 EngineOption = Annotated[

@@ -19,10 +19,11 @@ status_console = Console(stderr=True)
 def open_engine(
     checkpoint: str, backend: str, options: list[str] | None, verbose: bool, **choices: Any
 ) -> "Iterator[Engine]":
-    """Load an engine behind a spinner, and close it."""
+    """Load an engine behind a spinner, and close it. Choices that are None are left to the engine."""
     from garserve.engine import load
 
-    extra: dict[str, Any] = parse_engine_options(options) | choices
+    extra: dict[str, Any] = parse_engine_options(options)
+    extra |= {name: choice for name, choice in choices.items() if choice is not None}
     if backend == "vllm":
         extra.setdefault("verbose", verbose)
     with status_console.status(f"Loading {checkpoint} ({backend}) ..."):

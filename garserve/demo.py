@@ -1,4 +1,4 @@
-"""Three regions of a photograph that comes with garserve, described and related (floor 6)."""
+"""Three regions of a photograph that comes with garserve, described and related by the tiny checkpoint (floor 7)."""
 
 from collections.abc import Iterator
 from importlib.resources import files
@@ -10,16 +10,16 @@ from garserve.inputs.processor import draw_masks
 from garserve.inputs.regions import Region
 from garserve.pictures import check_target, save_picture
 
-NOTE = "The weights of this demonstration are random: everything is computed for real, but the sentences mean nothing."
-QUESTION = "What is the relation of <Prompt0> to <Prompt1>?"
-_TOKENS = 24
+QUESTION = "Where is <Prompt0> relative to <Prompt1>?"
 
 REGIONS = {
+    "saucer": Region.from_polygon(
+        [84, 200, 100, 150, 140, 100, 170, 82, 175, 130, 172, 180, 190, 225, 196, 300, 210, 360, 150, 330, 105, 280]
+    ),
+    "table": Region.from_box([490, 230, 596, 396]),
     "coffee": Region.from_polygon(
         [206, 130, 232, 107, 276, 96, 322, 104, 354, 128, 369, 160, 352, 181, 304, 193, 252, 188, 216, 162]
     ),
-    "spoon": Region.from_points([[366, 283]], radius=41),
-    "handle": Region.from_box([196, 228, 262, 310]),
 }
 
 
@@ -29,8 +29,9 @@ def run_demo(engine: Engine, picture: Path) -> Iterator[tuple[str, Answer]]:
     image = load_image(Path(str(files("garserve") / "data" / "coffee.jpg")))
     regions = list(REGIONS.values())
     captions = []
-    for name, answer in zip(REGIONS, engine.describe(image, regions, max_tokens=_TOKENS), strict=True):
+    for name, answer in zip(REGIONS, engine.describe(image, regions), strict=True):
         captions.append(answer.text)
         yield f"{len(captions) - 1} ({name})", answer
-    yield QUESTION, engine.ask(image, regions[:2], QUESTION, max_tokens=_TOKENS)
-    save_picture(picture, image, draw_masks(regions, *image.shape[:2]), captions, NOTE)
+    relation = engine.ask(image, regions[:2], QUESTION)
+    yield QUESTION, relation
+    save_picture(picture, image, draw_masks(regions, *image.shape[:2]), captions, f"{QUESTION} {relation.text}")

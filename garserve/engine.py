@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
-from garserve.checkpoint import Checkpoint
+from garserve.checkpoint import TINY, Checkpoint
 from garserve.config import BoxScale
 from garserve.errors import GarserveError, InputError, RequestError
 from garserve.generation import OnReport, Progress, Report, Sampling
@@ -59,7 +59,7 @@ class Backend(Protocol):
 
 
 def load(
-    checkpoint: str | Path,
+    checkpoint: str | Path = TINY,
     backend: BackendName = "vllm",
     *,
     max_num_tiles: int | None = None,
@@ -67,6 +67,9 @@ def load(
     **engine_options: Any,
 ) -> "Engine":
     """Load a GAR checkpoint (a folder, or a Hugging Face repo id) and return an engine for it.
+
+    Without one, the tiny checkpoint that comes with garserve is loaded: it tells colour, size, place, shape and
+    surface of regions, and how two of them lie (MODEL_CARD.md).
 
     `max_num_tiles` (1 to 36) and `box_scale` override the checkpoint's own. `engine_options` go to the backend: for
     "vllm" its EngineArgs, `separate_process` and `verbose`; for "reference" `dtype` and `batch_size`; for both

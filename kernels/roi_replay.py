@@ -79,7 +79,7 @@ def _add(
 
 
 @triton.jit
-def _nearest_bfloat16(values):
+def nearest_bfloat16(values):
     """Round float32 to the nearest value of bfloat16, ties to even: the interpreter's own conversion cuts off."""
     bits = values.to(tl.int32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
@@ -129,7 +129,7 @@ def roi_replay_kernel(
         total = _add(total, features, table, first, across, bottom, right, fy * fx, *common)
     total = total / (SAMPLES * SAMPLES)
     if ROUND:
-        total = _nearest_bfloat16(total)
+        total = nearest_bfloat16(total)
     place = target[:, None] * out_stride + channel[None, :]
     tl.store(out + place, total.to(out.dtype.element_ty), mask=live[:, None] & inside[None, :])
 

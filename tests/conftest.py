@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before any import of triton: kernels run on CPU tensors
+if os.environ.get("GARSERVE_TEST_DEVICE", "cpu") == "cpu":  # before any import of triton: kernels run on CPU tensors
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"

@@ -218,7 +218,7 @@ def test_missing_and_broken_files(mini_copy: Path, name: str) -> None:
 
 
 def test_names_that_lead_nowhere(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no such folder, and not a Hugging Face repo id"):
+    with pytest.raises(CheckpointError, match="no such folder, and neither 'tiny' nor a Hugging Face repo id"):
         Checkpoint.open(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="fetching it from the Hugging Face hub failed"):
         Checkpoint.open("nobody/nothing-of-this-name")

@@ -11,8 +11,13 @@ from typer.testing import CliRunner
 
 from garserve.cli import app
 from garserve.cli_options import parse_engine_options
+from garserve.demo import REGIONS
 from garserve.errors import GarserveError, RequestError
+from garserve.evaluation.score import described
+from garserve.inputs.images import load_image
+from garserve.inputs.processor import draw_masks
 from tests.conftest import PHOTO, ROOT, write_lines
+from tests.train_tiny import training_module
 
 runner = CliRunner()
 
@@ -122,8 +127,16 @@ def test_help_is_quick_and_names_every_command() -> None:
 
 
 def test_demo_draws_a_picture(tmp_path: Path) -> None:
-    printed = run("demo", "--backend", "reference", "-o", tmp_path)
-    assert "random" in printed
+    """Three sentences and a relation, each true by the definitions of tools/train_tiny/attributes.py."""
+    printed = run("demo", "--backend", "reference", "-o", tmp_path).splitlines()
+    attributes = training_module("attributes")
+    image = load_image(PHOTO)
+    masks = draw_masks(list(REGIONS.values()), *image.shape[:2])
+    for line, name, mask in zip(printed[:3], REGIONS, masks, strict=True):
+        assert name in line
+        for attribute, word in vars(attributes.labels(image, mask)).items():
+            assert word in (None, described(attribute, line.split(")", 1)[1])), (line, attribute)
+    assert f"<Prompt0> is {attributes.relation(masks[0], masks[1])} <Prompt1>." in printed[3]
     assert (tmp_path / "regions.png").stat().st_size > 50_000
 
 

@@ -33,6 +33,7 @@ FLOORS = {
     "garserve.cli_options": 6,
     "garserve.cli_shared": 7,
     "garserve.cli_eval": 8,
+    "garserve.cli_doctor": 8,
     "garserve.cli": 9,
     "garserve.__main__": 10,
 }

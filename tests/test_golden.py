@@ -32,6 +32,21 @@ def test_units(golden: Path, tmp_path: Path) -> None:
     assert failures(tmp_path, "reference", []) == []
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("GARSERVE_REPLAY", "triton"),
+        ("GARSERVE_REPLAY", "cpu"),
+        ("GARSERVE_REPLAY", "truth"),
+        ("GARSERVE_PATCH_EMBED", "triton"),
+        ("GARSERVE_PATCH_EMBED", "plain"),
+    ],
+)
+def test_every_implementation(one_case: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
+    monkeypatch.setenv(variable, value)
+    assert failures(one_case, "reference", []) == []
+
+
 @pytest.mark.vllm
 def test_vllm(golden: Path) -> None:
     pytest.importorskip("vllm", reason="vLLM is not installed (pip install garserve[cpu] or garserve[gpu])")

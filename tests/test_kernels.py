@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 import torch
 from garserve.kernels import replay_op
+from garserve.kernels.patch_embed import fold, patch_embed
 from garserve.kernels.replay_op import FORCE, roi_replay
 from garserve.kernels.roi_replay_ref import roi_replay_ref, roi_replay_tiles_ref
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 
 # One launch has 0 to 64 regions, about 9 in the mean; more launches by GARSERVE_LAUNCHES.
 LAUNCHES = int(os.environ.get("GARSERVE_LAUNCHES", "250"))
+DEVICE = os.environ.get("GARSERVE_TEST_DEVICE", "cpu")  # where Triton's kernels run
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 KINDS = ("inside", "any", "outside", "no area", "inverted", "on cells", "at the limits", "small", "whole", "released")
 
@@ -109,10 +112,12 @@ def check(launch: Launch, implementation: str, monkeypatch: pytest.MonkeyPatch) 
     untouched[launch.rows] = False
     launch.out[untouched] = 7.0
     arguments = (launch.features, launch.table, launch.regions, launch.boxes)
-    roi_replay(*arguments, launch.out, launch.side, launch.sampling)
-    assert bool((launch.out[untouched] == 7.0).all())
+    device = DEVICE if implementation == "triton" else "cpu"
+    out = launch.out.to(device)
+    roi_replay(*(tensor.to(device) for tensor in arguments), out, launch.side, launch.sampling)
+    assert bool((out.cpu()[untouched] == 7.0).all())
     truth = roi_replay_tiles_ref(*arguments, launch.side, launch.sampling).flatten(0, 1)
-    ours = launch.out[launch.rows].double()
+    ours = out.cpu()[launch.rows].double()
     assert not ours.isnan().any()
     if len(truth):
         assert (ours - truth).abs().max() <= TOLERANCE[launch.features.dtype] * truth.abs().max()
@@ -161,10 +166,14 @@ def test_tiles_are_the_map(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("chosen", replay_op.IMPLEMENTATIONS)
 def test_no_regions(chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FORCE, chosen)
-    out = torch.full((3, 8), 2.0)
     none = {"regions": torch.zeros(0, 4, dtype=torch.int32), "boxes": torch.zeros(0, 4)}
-    roi_replay(**small(out=out, **none))
-    assert bool((out == 2.0).all())
+    arguments = small(out=torch.full((3, 8), 2.0), **none)
+    if chosen == "triton":
+        arguments = {
+            name: value.to(DEVICE) if name != "tokens_per_side" else value for name, value in arguments.items()
+        }
+    roi_replay(**arguments)
+    assert bool((arguments["out"] == 2.0).all())
 
 
 @pytest.mark.parametrize(
@@ -207,3 +216,40 @@ def test_compile_sees_the_operator() -> None:
 
     compiled = torch.compile(replayed, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(arguments["features"]), replayed(arguments["features"]))
+
+
+def patches(dtype: torch.dtype, deviation: tuple[float, ...], side: int, patch: int, width: int) -> tuple:
+    """Weights, tiles, mask bits, and the two convolutions over normalised pixels in float64."""
+    generator = torch.Generator().manual_seed(side)
+    pixel, mask = (torch.randn(width, 3, patch, patch, generator=generator).to(dtype) / patch for _ in range(2))
+    tiles = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8, generator=generator)
+    shown = torch.rand(2, side, side, generator=generator) < 0.3
+    mean = (0.5, 0.4, 0.3)
+    values = (tiles.double() / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(deviation)[:, None, None]
+    expected = functional.conv2d(values.double(), pixel.double(), stride=patch)
+    expected += functional.conv2d(shown.double()[:, None].expand(-1, 3, -1, -1), mask.double(), stride=patch)
+    bits = torch.from_numpy(np.packbits(shown.numpy(), axis=-1))
+    weights = fold(pixel.to(DEVICE), mask.to(DEVICE), mean, deviation)
+    return weights, tiles.to(DEVICE), bits.to(DEVICE), expected.flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize(("side", "patch", "width"), [(56, 14, 40), (42, 6, 130)])
+@pytest.mark.parametrize("deviation", [(0.5, 0.5, 0.5), (0.2, 0.3, 0.25)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_patch_embedding_is_the_two_convolutions(
+    dtype: torch.dtype, deviation: tuple[float, ...], side: int, patch: int, width: int
+) -> None:
+    weights, tiles, bits, expected = patches(dtype, deviation, side, patch, width)
+    ours = patch_embed(weights, tiles, bits)
+    assert ours.dtype == dtype
+    error = (ours.cpu().double() - expected).abs().max() / expected.abs().max()
+    assert error <= (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_patch_embedding_of_what_does_not_fit() -> None:
+    weights, tiles, bits, _ = patches(torch.float32, (0.5, 0.5, 0.5), 42, 6, 8)
+    assert patch_embed(weights, tiles[:0], bits[:0]).shape == (0, 49, 8)
+    with pytest.raises(ValueError, match=r"tiles: expected uint8 \[T, 3, S, S\], got torch.float32"):
+        patch_embed(weights, tiles.float(), bits)
+    with pytest.raises(ValueError, match=r"masks: expected uint8 \[2, 42, 6\], got torch.uint8 \[2, 42, 5\]"):
+        patch_embed(weights, tiles, bits[..., :5])

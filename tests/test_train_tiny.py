@@ -99,7 +99,9 @@ def test_packed_training_is_the_reference(checkpoint: Checkpoint, maker: object,
     reference = ReferenceGAR.load(checkpoint)
     missing, unexpected = model.load_state_dict(reference.state_dict(), strict=False)
     assert not unexpected
-    assert all(name.startswith(("hint", "squeeze", "named", "found", "compared", "true_word")) for name in missing)
+    assert all(
+        name.startswith(("hint", "squeeze", "named", "found", "compared", "true_word", "lettered")) for name in missing
+    )
     processor = Processor(checkpoint.folder, checkpoint.config)
     known = questions.Known.of(shown)
     example = next(

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ from garserve.errors import InputError
 from garserve.evaluation.words import WORDS
 from garserve.inputs.request import RegionRequest
 
+PACKAGED = Path(str(files("garserve") / "data" / "tiny_eval"))
 _LONGEST_ANSWER = 48  # tokens
 
 Form = Literal["describe", "free", "yes/no", "choice", "which", "not given"]
@@ -52,7 +54,7 @@ class EvalQuestion:
     truth: dict[str, str]  # of a description: the words that are true, by attribute
 
 
-def read_questions(folder: Path, limit: int | None = None) -> list[EvalQuestion]:
+def read_questions(folder: Path = PACKAGED, limit: int | None = None) -> list[EvalQuestion]:
     """Read a folder's questions, or `limit` of them, evenly taken from the whole.
 
     Raises InputError naming file and line where a line is no question, or where there is none.

@@ -7,6 +7,7 @@ from torch import nn
 
 from garserve.config import GARConfig
 from garserve.inputs.processor import Item
+from garserve.model.patch_tokens import normalise, patch_tokens, unpack
 from garserve.model.replay import ReplayPlan
 from garserve.model.tile_cache import Placement, TileCache
 from garserve.model.vision import Projector, VisionTower
@@ -81,24 +82,20 @@ class RegionEncoder(nn.Module):
     def features(self, tiles: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         """Compute uint8 tiles [T, 3, S, S] with packed masks [T, S, ceil(S/8)] to features [T, n², C]."""
         parts = [
-            self.projector(self.tower(self.normalise(some), self.unpack(bits)))
+            self.projector(self.tower.run(patch_tokens(self.tower, self.config, some, bits)))
             for some, bits in zip(tiles.split(self.tiles_at_once), masks.split(self.tiles_at_once), strict=True)
         ]
         return torch.cat(parts)
 
     def normalise(self, tiles: torch.Tensor) -> torch.Tensor:
-        """Turn uint8 pixels into the tower's dtype and range: (v - 127.5) / 127.5 for the released models."""
+        """Turn uint8 tiles [T, 3, S, S] into what the tower's convolution reads."""
         weight = self.projector.linear_1.weight
-        mean = torch.tensor(self.config.pixel_mean, dtype=torch.float32, device=weight.device)[:, None, None] * 255.0
-        std = torch.tensor(self.config.pixel_std, dtype=torch.float32, device=weight.device)[:, None, None] * 255.0
-        return ((tiles.to(weight.device).float() - mean) / std).to(weight.dtype)
+        return normalise(tiles.to(weight.device), self.config, weight.dtype)
 
     def unpack(self, masks: torch.Tensor) -> torch.Tensor:
         """Unpack mask bits to 0 and 1 in the tower's dtype: [T, S, S]."""
         weight = self.projector.linear_1.weight
-        shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=weight.device)
-        bits = (masks.to(weight.device)[..., None] >> shifts) & 1
-        return bits.flatten(-2)[..., : self.config.tile_size].to(weight.dtype)
+        return unpack(masks.to(weight.device), self.config.tile_size).to(weight.dtype)
 
 
 def _indices(slots: Sequence[int], like: torch.Tensor) -> torch.Tensor:

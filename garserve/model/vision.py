@@ -41,7 +41,10 @@ class VisionTower(nn.Module):
     def forward(self, pixels: torch.Tensor, masks: torch.Tensor, *, keep_class_token: bool = False) -> torch.Tensor:
         """Run normalised pixels [T, 3, S, S] with binary masks [T, S, S] (same dtype) through the tower."""
         tokens = self.patch_embed["proj"](pixels) + self.embed_mask(masks)
-        tokens = tokens.flatten(2).transpose(1, 2)  # [T, grid², width]
+        return self.run(tokens.flatten(2).transpose(1, 2), keep_class_token=keep_class_token)
+
+    def run(self, tokens: torch.Tensor, *, keep_class_token: bool = False) -> torch.Tensor:
+        """Run embedded patches [T, grid², width] through positions and blocks."""
         if self.config.class_token:
             tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
         tokens = self.norm_pre(tokens + self.pos_embed)

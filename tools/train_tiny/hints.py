@@ -76,6 +76,19 @@ def matched(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return rows[some], columns[some] - 1, wanted[some]
 
 
+def options(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Find the right options of multiple choices: row and column of each of their tokens, and the letter, 0 for A."""
+    learnt = batch.answers.bool()
+    begins = learnt & ~learnt.roll(1, dims=1)
+    turn, found = begins.cumsum(1), []
+    for row, asked in enumerate(batch.asked):
+        for number, one in enumerate(asked):
+            if one.form == "choice":
+                columns = (batch.named[row].bool() & (turn[row] == number)).nonzero()[:, 0].tolist()
+                found += [[row, column, "ABCD".index(one.answer)] for column in columns]
+    return torch.tensor(found, dtype=torch.long).reshape(-1, 3).unbind(1)  # type: ignore[return-value]
+
+
 def attention_loss(
     decoder: LlamaModel,
     number: int,

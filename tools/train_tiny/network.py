@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from attributes import COLOURS
-from hints import attention_loss, compared, matched, mentions, name_places, shown_loss
+from hints import attention_loss, compared, matched, mentions, name_places, options, shown_loss
 from questions import HINTED
 from sequences import COLOUR_UNKNOWN, WORD_UNKNOWN, Batch
 from torch import nn
@@ -79,13 +79,13 @@ class Losses:
 class TrainedGAR(nn.Module):
     """Forward pass over padded sequences. Names of encoder and language_model are those of the reference.
 
-    Five kinds of heads give hints while it learns, and are no part of the checkpoint: what a region's replayed tokens
-    show (colour, box, area); at each crop token inside the decoder, whose region it is; at each name of a region in
-    a question, again what that region shows; and where an answer is written, what the first and the last region named
-    in its question show, and which word is true. The attention of four layers is taught, too: of crop tokens to their
-    names, of names in questions to their crop tokens, of answers to the names in their questions, and to the word or
-    the option there that decides. Without all this, a decoder of this
-    size takes hours to find out which tokens a name belongs to, and longer to compare two regions.
+    Six kinds of heads give hints while it learns, and are no part of the checkpoint: what a region's replayed tokens
+    show (colour, box, area); at each crop token inside the decoder, whose region it is; at each name of a region in a
+    question, again what that region shows; where an answer is written, what the first and the last region named in its
+    question show, and which word is true; and at the right option of a multiple choice, its letter. The attention of
+    four layers is taught, too: of crop tokens to their names, of names in questions to their crop tokens, of answers
+    to the names in their questions, and to the word or the option there that decides. Without all this, a decoder of
+    this size takes hours to find out which tokens a name belongs to, and longer to compare two regions.
     """
 
     def __init__(self, config: GARConfig) -> None:
@@ -102,8 +102,10 @@ class TrainedGAR(nn.Module):
         self.reset()
         self.compared = nn.Linear(width, 2 * shown)
         self.true_word = nn.Linear(width, len(HINTED))
-        for weight in (*self.compared.parameters(), *self.true_word.parameters()):
-            nn.init.zeros_(weight)
+        self.lettered = nn.Linear(width, 4)
+        for head in (self.compared, self.true_word, self.lettered):
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
 
     def reset(self) -> None:
         """Draw the first weights."""
@@ -224,7 +226,10 @@ class TrainedGAR(nn.Module):
         return loss + self._matching_hints(batch, hidden)
 
     def _matching_hints(self, batch: Batch, hidden: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Ask where an answer begins what is true, and teach it to look at the word or option in the question."""
+        """Ask where an answer begins what is true, and teach it to look at the word or the option that decides.
+
+        An option is asked for its letter.
+        """
         decoder = self.language_model.model
         rows, columns = (batch.words != WORD_UNKNOWN).nonzero(as_tuple=True)
         loss = hidden[0].new_zeros(())
@@ -234,6 +239,9 @@ class TrainedGAR(nn.Module):
         rows, columns, wanted = matched(batch)
         if len(rows):
             loss = loss + attention_loss(decoder, _MATCHING_LAYER, batch, hidden, (rows, columns), wanted)
+        rows, columns, letters = options(batch)
+        if len(rows):
+            loss = loss + functional.cross_entropy(self.lettered(hidden[_MATCHING_LAYER][rows, columns]), letters)
         return loss
 
 

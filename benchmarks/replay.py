@@ -1,0 +1,187 @@
+"""Replay of many regions of one image: garserve's operator against the authors' loop, torchvision and grid_sample.
+
+`python benchmarks/replay.py` in an environment that has torchvision (CONTRIBUTING.md, "Benchmarks"); without it those
+two peers are left out. Nothing is printed where outputs disagree. On a GPU also every tuning of the kernel, and how
+many bytes a second it moves compared with a copy.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Annotated
+
+import torch
+import typer
+from garserve.kernels.replay_op import roi_replay
+from machine import save
+from rich.console import Console
+from rich.table import Table
+from torch.nn import functional
+
+try:
+    from torchvision.ops import roi_align
+except Exception:  # not installed, or built for another torch
+    roi_align = None
+
+SIDE, CHANNELS, GRID = 16, 2048, (4, 4)
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+Replay = Callable[[], torch.Tensor]  # [regions, n², C]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Regions of one image of 16 tiles: features [tiles, n², C], boxes [R, 4] in cells, and the operator's tensors."""
+
+    features: torch.Tensor
+    boxes: torch.Tensor
+    table: torch.Tensor
+    regions: torch.Tensor
+    out: torch.Tensor
+
+    @classmethod
+    def random(cls, count: int, dtype: torch.dtype, device: torch.device) -> "Case":
+        """Draw features, and boxes inside the image."""
+        generator = torch.Generator().manual_seed(count)
+        across, down = GRID
+        size = torch.tensor([across * SIDE, down * SIDE], dtype=torch.float32)
+        corners = torch.rand(count, 2, 2, generator=generator).sort(dim=1).values * size
+        regions = torch.tensor([[0, across, down, i * SIDE**2] for i in range(count)], dtype=torch.int32)
+        return cls(
+            torch.randn(across * down, SIDE**2, CHANNELS, generator=generator).to(device, dtype),
+            corners.flatten(1).to(device),
+            torch.arange(across * down, dtype=torch.int32, device=device),
+            regions.to(device),
+            torch.empty(count * SIDE**2, CHANNELS, dtype=dtype, device=device),
+        )
+
+    def ours(self) -> torch.Tensor:
+        """One call of garserve's operator."""
+        roi_replay(self.features, self.table, self.regions, self.boxes, self.out, SIDE)
+        return self.out.unflatten(0, (len(self.boxes), -1))
+
+    def merged(self) -> torch.Tensor:
+        """The features of all tiles as one map [1, C, H, W] of float32, as the authors make it for every region."""
+        across, down = GRID
+        tiles = self.features.reshape(down, across, SIDE, SIDE, CHANNELS).permute(4, 0, 2, 1, 3)
+        return tiles.reshape(1, CHANNELS, down * SIDE, across * SIDE).float()
+
+    def align(self, boxes: torch.Tensor) -> torch.Tensor:
+        """torchvision's roi_align for some boxes."""
+        rois = torch.cat([boxes.new_zeros(len(boxes), 1), boxes], dim=1)
+        aligned = roi_align(self.merged(), rois, (SIDE, SIDE), 1.0, sampling_ratio=2, aligned=True)
+        return aligned.flatten(2).transpose(1, 2).to(self.features.dtype)
+
+    def sampled(self) -> torch.Tensor:
+        """grid_sample at the four points of each bin, and their mean."""
+        across, down = GRID
+        x1, y1, x2, y2 = (edge[:, None] for edge in self.boxes.unbind(1))
+        steps = (torch.arange(2 * SIDE, device=self.boxes.device) + 0.5) / (2 * SIDE)
+        x = (x1 + (x2 - x1) * steps) / (across * SIDE) * 2 - 1
+        y = (y1 + (y2 - y1) * steps) / (down * SIDE) * 2 - 1
+        points = torch.stack([x[:, None, :].expand(-1, 2 * SIDE, -1), y[:, :, None].expand(-1, -1, 2 * SIDE)], dim=-1)
+        maps = self.merged().expand(len(self.boxes), -1, -1, -1)
+        values = functional.grid_sample(maps, points, padding_mode="border", align_corners=False)
+        return functional.avg_pool2d(values, 2).flatten(2).transpose(1, 2).to(self.features.dtype)
+
+    @property
+    def bytes_moved(self) -> float:
+        """At least: every output row written, every cell of every box read once."""
+        x1, y1, x2, y2 = self.boxes.double().cpu().unbind(1)
+        cells = float(((x2 - x1 + 1) * (y2 - y1 + 1)).sum())
+        return (cells + len(self.out)) * CHANNELS * self.features.element_size()
+
+
+def main(
+    regions: Annotated[list[int] | None, typer.Option(help="How many regions; may be repeated.")] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="Runs of each, one after the other in turns.")] = 7,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    save_results: Annotated[bool, typer.Option("--save", help="Write benchmarks/results/.../replay.json.")] = False,
+) -> None:
+    """Time the replay and print medians, and ratios where the outputs agree."""
+    figures: dict[str, dict[str, float]] = {}
+    peers = ["grid_sample"] if roi_align is None else ["authors' loop", "torchvision batched", "grid_sample"]
+    table = Table("dtype", "regions", "ours, ms", *(column for peer in peers for column in (f"{peer}, ms", "ratio")))
+    for dtype in (torch.bfloat16, torch.float32):
+        for count in regions or [1, 8, 32, 128]:
+            case = Case.random(count, dtype, torch.device(device))
+            times = _times(_candidates(case), rounds, LIMITS[dtype], device)
+            cells = [f"{times['ours']:.3g}"]
+            for peer in peers:
+                cells += [f"{times[peer]:.3g}", f"{times[peer] / times['ours']:.1f}"]
+            name = str(dtype).removeprefix("torch.")
+            table.add_row(name, str(count), *cells)
+            figures[f"{name}, {count} regions"] = {key: round(value, 4) for key, value in times.items()}
+            if device == "cuda":
+                figures[f"{name}, {count} regions"]["share of copy"] = round(_share_of_copy(case, times["ours"]), 3)
+    Console().print(table)
+    if save_results:
+        conditions = (
+            f"milliseconds, medians of {rounds} runs in turns, {GRID[0] * GRID[1]} tiles of {SIDE}² tokens, "
+            f"C = {CHANNELS}, random boxes; outputs within 1e-5 (float32) and 1e-2 (bfloat16) of the largest value"
+        )
+        print(save(f"replay_{device}", figures, conditions))
+
+
+def _candidates(case: Case) -> dict[str, Replay]:
+    candidates: dict[str, Replay] = {"ours": case.ours}
+    if roi_align is not None:
+        candidates["authors' loop"] = lambda: torch.cat([case.align(box[None]) for box in case.boxes])
+        candidates["torchvision batched"] = lambda: case.align(case.boxes)
+    return candidates | {"grid_sample": case.sampled} | _tunings(case)
+
+
+def _tunings(case: Case) -> dict[str, Replay]:
+    """The kernel with every tuning, on a GPU."""
+    if case.features.device.type == "cpu":
+        return {}
+    from garserve.kernels.roi_replay import CANDIDATES, Tuning, roi_replay_triton
+
+    def run(tuning: Tuning) -> torch.Tensor:
+        roi_replay_triton(case.features, case.table, case.regions, case.boxes, case.out, SIDE, 2, tuning)
+        return case.out.unflatten(0, (len(case.boxes), -1))
+
+    return {f"{one.rows}x{one.channels}, {one.warps} warps": lambda one=one: run(one) for one in CANDIDATES}  # type: ignore[misc]
+
+
+def _times(candidates: dict[str, Replay], rounds: int, limit: float, device: str) -> dict[str, float]:
+    """Return the median milliseconds of each, run in turns. Raises SystemExit where one disagrees with the first."""
+    first: torch.Tensor | None = None
+    for name, run in candidates.items():
+        output = run().float()
+        first = output.clone() if first is None else first
+        error = float((output - first).abs().max() / first.abs().max())
+        if not error <= limit:
+            raise SystemExit(
+                f"replay: {name} differs by {error:.1e} of the largest value, limit {limit:.0e}: no figures"
+            )
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            times[name].append(_milliseconds(run, device))
+    return {name: median(values) for name, values in times.items()}
+
+
+def _milliseconds(run: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _share_of_copy(case: Case, milliseconds: float) -> float:
+    """Return the bytes that the replay has to move in its time, as a share of what a large copy moves."""
+    source = torch.empty(2**28, dtype=torch.uint8, device=case.features.device)
+    target = torch.empty_like(source)
+    copied = median(_milliseconds(lambda: target.copy_(source), "cuda") for _ in range(9))
+    return (case.bytes_moved / milliseconds) / (2 * source.numel() / copied)
+
+
+if __name__ == "__main__":
+    typer.run(main)
