@@ -101,14 +101,15 @@ def main(
     """Time the replay and print medians, and ratios where the outputs agree."""
     figures: dict[str, dict[str, float]] = {}
     peers = ["grid_sample"] if roi_align is None else ["authors' loop", "torchvision batched", "grid_sample"]
-    table = Table("dtype", "regions", "ours, ms", *(column for peer in peers for column in (f"{peer}, ms", "ratio")))
+    columns = ("dtype", "regions", "ours", *(column for peer in peers for column in (peer, "ratio")))
+    table = Table(*columns, title="Replay, milliseconds")
     for dtype in (torch.bfloat16, torch.float32):
         for count in regions or [1, 8, 32, 128]:
             case = Case.random(count, dtype, torch.device(device))
             times = _times(_candidates(case), rounds, LIMITS[dtype], device)
-            cells = [f"{times['ours']:.3g}"]
+            cells = [f"{times['ours']:,.1f}"]
             for peer in peers:
-                cells += [f"{times[peer]:.3g}", f"{times[peer] / times['ours']:.1f}"]
+                cells += [f"{times[peer]:,.1f}", f"{times[peer] / times['ours']:.1f}"]
             name = str(dtype).removeprefix("torch.")
             table.add_row(name, str(count), *cells)
             figures[f"{name}, {count} regions"] = {key: round(value, 4) for key, value in times.items()}

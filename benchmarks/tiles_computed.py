@@ -25,7 +25,6 @@ from garserve.inputs.tiles import choose_grid, pack_mask, tile_mask
 TILE = 448
 COUNTS = (1, 5, 20, 50)
 GROUP = 5  # regions of one request of several
-ROUNDS = 8
 
 
 def main(
@@ -52,7 +51,7 @@ def main(
     if save_results:
         conditions = (
             "share of the tiles that are computed when every region encodes the whole image; "
-            f"{len(sizes)} photographs, {len(masks)} real masks drawn at random, {ROUNDS} times each, tiles of {TILE} "
+            f"{len(sizes)} photographs, {len(masks)} real masks drawn at random, tiles of {TILE} "
             "pixels. touched: by a bound, the thumbnail and the tiles that the mask meets for each region, the others "
             "once. computed: distinct keys, regions asked one by one. five together: the same, five regions a request."
         )
@@ -76,7 +75,7 @@ def _count(
 ) -> Iterator[tuple[int, int, int, int]]:
     """Yield for each photograph how many tiles: all for each region, the bound, distinct ones, those of groups."""
     rng = np.random.default_rng(0)
-    for height, width in sizes * ROUNDS:
+    for height, width in sizes:
         grid = choose_grid(width, height, most, TILE)
         tiles = 1 + grid[0] * grid[1]
         chosen = [_stretched(masks[int(i)], height, width) for i in rng.integers(len(masks), size=count)]
