@@ -1,8 +1,9 @@
-"""Replay of many regions of one image: garserve's operator against the authors' loop, torchvision and grid_sample.
+"""Replay of many regions of one image: garserve's operator against its peers.
 
-`python benchmarks/replay.py` in an environment that has torchvision (CONTRIBUTING.md, "Benchmarks"); without it those
-two peers are left out. Nothing is printed where outputs disagree. On a GPU also every tuning of the kernel, and how
-many bytes a second it moves compared with a copy.
+`python benchmarks/replay.py` in an environment that has torchvision (CONTRIBUTING.md, "Benchmarks"): the authors' loop,
+torchvision's roi_align for all regions at once, grid_sample, and the definition compiled by torch (on a CPU that needs
+a C++ compiler). Without torchvision the first two are left out. Nothing is printed where outputs disagree. On a GPU
+also every tuning of the kernel, and how many bytes a second it moves compared with a copy.
 """
 
 import time
@@ -84,12 +85,37 @@ class Case:
         values = functional.grid_sample(maps, points, padding_mode="border", align_corners=False)
         return functional.avg_pool2d(values, 2).flatten(2).transpose(1, 2).to(self.features.dtype)
 
+    def gathered(self) -> torch.Tensor:
+        """The definition in plain torch: a gather for each corner of each sample. A peer when it is compiled."""
+        across, down = GRID
+        flat, total = self.features.flatten(0, 1), 0
+        for sample in range(4):
+            top, bottom, fy = _line(self.boxes[:, 1], self.boxes[:, 3], sample // 2, down * SIDE)
+            left, right, fx = _line(self.boxes[:, 0], self.boxes[:, 2], sample % 2, across * SIDE)
+            for y, wy in ((top, 1 - fy), (bottom, fy)):
+                for x, wx in ((left, 1 - fx), (right, fx)):
+                    row, column = y[:, :, None], x[:, None, :]
+                    tile = (row // SIDE) * across + column // SIDE
+                    cell = tile * SIDE**2 + (row % SIDE) * SIDE + column % SIDE
+                    weight = wy[:, :, None] * wx[:, None, :]
+                    total = total + weight.flatten(1)[..., None] * flat[cell.flatten(1)].float()
+        return (total / 4).to(self.features.dtype)
+
     @property
     def bytes_moved(self) -> float:
         """At least: every output row written, every cell of every box read once."""
         x1, y1, x2, y2 = self.boxes.double().cpu().unbind(1)
         cells = float(((x2 - x1 + 1) * (y2 - y1 + 1)).sum())
         return (cells + len(self.out)) * CHANNELS * self.features.element_size()
+
+
+def _line(start: torch.Tensor, end: torch.Tensor, sample: int, size: int) -> tuple[torch.Tensor, ...]:
+    """One sample of each bin along an axis: its two cells [R, SIDE] and the fraction between them."""
+    step = (end - start)[:, None] / SIDE
+    place = start[:, None] - 0.5 + (torch.arange(SIDE, device=start.device) + (sample + 0.5) / 2) * step
+    place = place.clamp(0, size - 1)
+    near = place.floor()
+    return near.long(), (near.long() + 1).clamp(max=size - 1), place - near
 
 
 def main(
@@ -100,7 +126,8 @@ def main(
 ) -> None:
     """Time the replay and print medians, and ratios where the outputs agree."""
     figures: dict[str, dict[str, float]] = {}
-    peers = ["grid_sample"] if roi_align is None else ["authors' loop", "torchvision batched", "grid_sample"]
+    peers = ["grid_sample", "compiled torch"]
+    peers = peers if roi_align is None else ["authors' loop", "torchvision batched", *peers]
     columns = ("dtype", "regions", "ours", *(column for peer in peers for column in (peer, "ratio")))
     table = Table(*columns, title="Replay, milliseconds")
     for dtype in (torch.bfloat16, torch.float32):
@@ -129,7 +156,8 @@ def _candidates(case: Case) -> dict[str, Replay]:
     if roi_align is not None:
         candidates["authors' loop"] = lambda: torch.cat([case.align(box[None]) for box in case.boxes])
         candidates["torchvision batched"] = lambda: case.align(case.boxes)
-    return candidates | {"grid_sample": case.sampled} | _tunings(case)
+    compiled = torch.compile(case.gathered, dynamic=False)
+    return candidates | {"grid_sample": case.sampled, "compiled torch": compiled} | _tunings(case)
 
 
 def _tunings(case: Case) -> dict[str, Replay]:

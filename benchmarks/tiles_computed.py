@@ -1,20 +1,21 @@
 """How many tiles go through the tower for N regions of an image: garserve's tile keys against all tiles every time.
 
 `python benchmarks/tiles_computed.py REGIONS.jsonl` with lines {"image": path, "regions": [{"rle": …}, …]}. Counting
-needs no model. The masks of all images are drawn at random, stretched to the image that they are put on.
+needs no model. Each image gets masks of all images, some of them mirrored, none twice, stretched to its size.
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 from typing import Annotated
 
 import numpy as np
 import typer
+from blake3 import blake3
 from machine import save
 from PIL import Image
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from garserve.inputs.processor import draw_masks
@@ -23,8 +24,12 @@ from garserve.inputs.shapes import Mask
 from garserve.inputs.tiles import choose_grid, pack_mask, tile_mask
 
 TILE = 448
+MOST = (8, 16, 36)  # tiles an image is cut into at most: of GAR-8B, of GAR-1B, of the library
 COUNTS = (1, 5, 20, 50)
+MIRRORS = tuple((np.s_[::down], np.s_[::across]) for down in (1, -1) for across in (1, -1))
 GROUP = 5  # regions of one request of several
+Counted = tuple[int, int, int, int]
+Key = tuple[int, bytes]
 
 
 def main(
@@ -35,25 +40,30 @@ def main(
 ) -> None:
     """Count tiles for 1, 5, 20 and 50 regions an image, by the most tiles an image is cut into."""
     sizes, masks = _read(regions)
-    table = Table("most tiles", "regions", "all, every time", "touched", "computed", "share", "five together")
+    columns = ("all, every time", "touched", "computed", "share touched", "share computed", "five together")
+    table = Table("most tiles", "regions", *columns)
     figures = {}
-    for most in (8, 16, 36):
-        for count in COUNTS:
-            rows = list(_count(sizes, masks, most, count))
-            upstream, touched, computed, grouped = (mean(column) for column in zip(*rows, strict=True))
-            shares = (touched / upstream, computed / upstream, grouped / upstream)
-            figures[f"{most} tiles, {count} regions"] = dict(
-                zip(("touched", "computed", "five together"), (round(share, 3) for share in shares), strict=True)
-            )
-            values = (upstream, touched, computed)
-            table.add_row(str(most), str(count), *(f"{v:.1f}" for v in values), f"{shares[1]:.2f}", f"{shares[2]:.2f}")
+    jobs = [(most, size) for most in MOST for size in sizes]
+    counted: dict[tuple[int, int], list[Counted]] = {}
+    for number, (most, size) in enumerate(track(jobs, "Counting", console=Console(stderr=True))):
+        for count, one in zip(COUNTS, _count(size, masks, most, number % len(sizes)), strict=True):
+            counted.setdefault((most, count), []).append(one)
+    for (most, count), rows in counted.items():
+        upstream, touched, computed, grouped = (mean(column) for column in zip(*rows, strict=True))
+        shares = (touched / upstream, computed / upstream, grouped / upstream)
+        figures[f"{most} tiles, {count} regions"] = dict(
+            zip(("touched", "computed", "five together"), (round(share, 3) for share in shares), strict=True)
+        )
+        values = (f"{value:.1f}" for value in (upstream, touched, computed))
+        table.add_row(str(most), str(count), *values, *(f"{share:.3f}" for share in shares))
     Console().print(table)
     if save_results:
         conditions = (
             "share of the tiles that are computed when every region encodes the whole image; "
-            f"{len(sizes)} photographs, {len(masks)} real masks drawn at random, tiles of {TILE} "
-            "pixels. touched: by a bound, the thumbnail and the tiles that the mask meets for each region, the others "
-            "once. computed: distinct keys, regions asked one by one. five together: the same, five regions a request."
+            f"{len(sizes)} photographs, {len(masks)} real masks and their mirrors drawn without repetition, tiles of "
+            f"{TILE} pixels. touched: by a bound, the thumbnail and the tiles that the mask meets for each region, the "
+            "others once. computed: distinct keys, regions asked one by one. five together: the same, five regions a "
+            "request."
         )
         print(save("tiles_computed", figures, conditions))
 
@@ -70,20 +80,28 @@ def _read(path: Path) -> tuple[list[tuple[int, int]], list[Mask]]:
     return sizes, masks
 
 
-def _count(
-    sizes: list[tuple[int, int]], masks: list[Mask], most: int, count: int
-) -> Iterator[tuple[int, int, int, int]]:
-    """Yield for each photograph how many tiles: all for each region, the bound, distinct ones, those of groups."""
-    rng = np.random.default_rng(0)
-    for height, width in sizes:
-        grid = choose_grid(width, height, most, TILE)
-        tiles = 1 + grid[0] * grid[1]
-        chosen = [_stretched(masks[int(i)], height, width) for i in rng.integers(len(masks), size=count)]
-        touched = [_touched(mask, grid) for mask in chosen]
-        untouched = set(range(1, tiles)) - set.intersection(*touched)
-        bound = sum(1 + len(some) for some in touched) + len(untouched)
-        groups = [np.logical_or.reduce(chosen[start : start + GROUP]) for start in range(0, count, GROUP)]
-        yield count * tiles, bound, _distinct(chosen, grid), _distinct(groups, grid)
+def _count(size: tuple[int, int], masks: list[Mask], most: int, seed: int) -> list[Counted]:
+    """Count tiles of one photograph, for each of COUNTS: all each time, the bound, distinct ones, those of groups."""
+    height, width = size
+    grid = choose_grid(width, height, most, TILE)
+    tiles = 1 + grid[0] * grid[1]
+    chosen = [_stretched(mask, height, width) for mask in _drawn(masks, max(COUNTS), seed)]
+    touched, keys = [_touched(mask, grid) for mask in chosen], [_keys(mask, grid) for mask in chosen]
+    results = []
+    for count in COUNTS:
+        untouched = set(range(1, tiles)) - set.intersection(*touched[:count])
+        bound = sum(1 + len(some) for some in touched[:count]) + len(untouched)
+        groups = [np.logical_or.reduce(chosen[start : min(start + GROUP, count)]) for start in range(0, count, GROUP)]
+        together = set[Key]().union(*(_keys(mask, grid) for mask in groups))
+        results.append((count * tiles, bound, len(set[Key]().union(*keys[:count])), len(together)))
+    return results
+
+
+def _drawn(masks: list[Mask], count: int, seed: int) -> list[Mask]:
+    """Draw masks, each once as it is and once in each mirror."""
+    mirrors = [mask[rows, columns] for mask in masks for rows, columns in MIRRORS]
+    order = np.random.default_rng(seed).permutation(len(mirrors))[:count]
+    return [mirrors[index] for index in order]
 
 
 def _stretched(mask: Mask, height: int, width: int) -> Mask:
@@ -92,18 +110,15 @@ def _stretched(mask: Mask, height: int, width: int) -> Mask:
 
 def _touched(mask: Mask, grid: tuple[int, int]) -> set[int]:
     """Tiles whose part of the image holds a pixel of the mask, before it is resized."""
-    rows, columns = np.nonzero(mask)
-    down, across = rows * grid[1] // mask.shape[0], columns * grid[0] // mask.shape[1]
-    return set(np.unique(1 + down * grid[0] + across).tolist())
+    rows, columns = (np.arange(count) * side // count for count, side in zip(grid[::-1], mask.shape, strict=True))
+    held = np.logical_or.reduceat(np.logical_or.reduceat(mask, rows, axis=0), columns, axis=1)
+    return set((1 + np.flatnonzero(held)).tolist())
 
 
-def _distinct(masks: list[Mask], grid: tuple[int, int]) -> int:
-    """Count different tiles of one image under several masks; the pixels differ from place to place."""
-    keys = set()
-    for mask in masks:
-        packed = pack_mask(tile_mask(mask, grid, TILE)).numpy()
-        keys |= {(place, tile.tobytes()) for place, tile in enumerate(packed)}
-    return len(keys)
+def _keys(mask: Mask, grid: tuple[int, int]) -> set[Key]:
+    """What tells the tiles of one image apart under different masks: their place, and the mask as the tower sees it."""
+    packed = pack_mask(tile_mask(mask, grid, TILE)).numpy()
+    return {(place, blake3(tile.data).digest(16)) for place, tile in enumerate(packed)}
 
 
 if __name__ == "__main__":
