@@ -95,13 +95,12 @@ def test_single_region_form_with_turns(checkpoint: Checkpoint, maker: object, sh
 
 def test_packed_training_is_the_reference(checkpoint: Checkpoint, maker: object, shown: object) -> None:
     """The first logits of every branch of one packed pass are those of the reference for that request alone."""
-    model = training_module("network").TrainedGAR(checkpoint.config).eval()
+    network = training_module("network")
+    model = network.TrainedGAR(checkpoint.config).eval()
     reference = ReferenceGAR.load(checkpoint)
     missing, unexpected = model.load_state_dict(reference.state_dict(), strict=False)
     assert not unexpected
-    assert all(
-        name.startswith(("hint", "squeeze", "named", "found", "compared", "true_word", "lettered")) for name in missing
-    )
+    assert all(name.startswith(network.HEADS) for name in missing)
     processor = Processor(checkpoint.folder, checkpoint.config)
     known = questions.Known.of(shown)
     example = next(
@@ -256,7 +255,11 @@ def test_questions_are_true(shown: object) -> None:
     assert by_text["What colour is <Prompt0>?"] == "<Prompt0> is red."
     assert by_text["Where is <Prompt0>?"] == "<Prompt0> is at the top left of the image."
     assert by_text["Where is <Prompt0> relative to <Prompt1>?"] == "<Prompt0> is left of <Prompt1>."
-    assert by_text["Which region is the smallest?"] == "<Prompt2> is the smallest."
+    which = {one.text: one for one in asked if one.form == "which"}
+    assert which["Which is the smallest, <Prompt0>, <Prompt2> or <Prompt1>?"].answer == "<Prompt2> is the smallest."
+    assert which["Which region is blue, <Prompt2>, <Prompt0> or <Prompt1>?"].answer == "<Prompt1> is blue."
+    for one in which.values():
+        assert one.text[slice(*one.named)] == " " + one.answer[:9]
     assert by_text["Is <Prompt1> larger than <Prompt2>?"] == "Yes."
     not_given = [one for one in asked if one.form == "not given"]
     assert {one.answer for one in not_given} == {"<Prompt3> was not given.", "<Prompt4> was not given."}
@@ -273,6 +276,52 @@ def test_questions_are_true(shown: object) -> None:
             assert one.answer == (
                 "Yes." if (region, word) in zip(names, ("red", "blue", "green"), strict=True) else "No."
             )
+
+
+def test_a_step_of_muon_is_an_orthogonal_matrix() -> None:
+    muon = training_module("muon")
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((24, 40), (40, 24)):
+        gradient = torch.randn(shape, generator=generator)
+        ours = muon.orthogonal(gradient)
+        values = torch.linalg.svdvals(ours)
+        assert values.min() > 0.6
+        assert values.max() < 1.3
+        left, _, right = torch.linalg.svd(gradient, full_matrices=False)
+        assert torch.nn.functional.cosine_similarity(ours.flatten(), (left @ right).flatten(), dim=0) > 0.97
+        weight = torch.nn.Parameter(torch.zeros(shape))
+        weight.grad = gradient
+        muon.Muon([weight], lr=0.1).step()
+        torch.testing.assert_close(weight.detach(), -0.1 * 0.2 * 40**0.5 * ours, rtol=1e-4, atol=1e-6)
+
+
+def test_phases_follow_one_another_and_the_rate_ends_near_nothing() -> None:
+    plan = training_module("schedule").Schedule(300, 0, 100, 50)
+    phases = [plan.phase(step) for step in range(300)]
+    assert phases == ["tower"] * 100 + ["decoder"] * 50 + ["all"] * 150
+    assert plan.rate(0) == 0.01
+    assert plan.rate(100) == pytest.approx(0.007)
+    assert max(map(plan.rate, range(300))) <= 1
+    assert plan.rate(299) == pytest.approx(0.007)
+    further = plan.further(1000)
+    assert [further.phase(step) for step in (0, 59, 60, 999)] == ["heads", "heads", "all", "all"]
+    assert [round(further.rate(step), 3) for step in (59, 60, 999)] == [1.0, 0.007, 0.007]
+    with pytest.raises(SystemExit, match="steps: expected at least the 150 of the first phases, got 100"):
+        training_module("schedule").Schedule(100, 0, 100, 50)
+
+
+def test_a_checkpoint_is_taught_further_from_its_own_weights(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    train, network = training_module("train"), training_module("network")
+    torch.manual_seed(3)
+    model = network.TrainedGAR(checkpoint.config)
+    train._begin_with(model, checkpoint.folder, tmp_path)
+    weights = model.state_dict()
+    for name, tensor in checkpoint.module_state().items():
+        assert torch.equal(weights[name], tensor.float()), name
+    assert (tmp_path / "tokenizer.json").read_bytes() == (checkpoint.folder / "tokenizer.json").read_bytes()
+    other = write_random_checkpoint(tmp_path / "mini")
+    with pytest.raises(SystemExit, match="expected a checkpoint with the config of the preset tiny"):
+        train._begin_with(model, other, tmp_path)
 
 
 def test_no_question_about_a_part_of_the_truth(shown: object) -> None:

@@ -1,7 +1,7 @@
 """What is asked inside the decoder while it learns: where names lie, what they should attend to, what they show."""
 
 import torch
-from sequences import COLOUR_UNKNOWN, Batch
+from sequences import SHOWN, UNKNOWN, Batch
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaModel, rotate_half
 
@@ -15,13 +15,19 @@ def name_places(batch: Batch, owner: torch.Tensor) -> torch.Tensor:
     return torch.tensor(places)
 
 
+WORDS = tuple(len(words) for words in SHOWN.values())
+GUESSES = sum(WORDS) + 5  # of a region: its words, its box, the logarithm of its area
+
+
 def shown_loss(guessed: torch.Tensor, batch: Batch, region: torch.Tensor) -> torch.Tensor:
-    """Loss of guesses [N, colours + 5] about the regions [N]: colour where it is clear, box, logarithm of the area."""
-    colours, shapes = batch.colours[region], batch.shapes[region]
-    loss = 4 * functional.smooth_l1_loss(guessed[:, -5:-1], shapes[:, :4], beta=0.1)
-    loss = loss + 0.5 * functional.smooth_l1_loss(guessed[:, -1], shapes[:, 4] + 3.5)
-    if bool((colours != COLOUR_UNKNOWN).any()):
-        loss = loss + functional.cross_entropy(guessed[:, :-5], colours, ignore_index=COLOUR_UNKNOWN)
+    """Loss of guesses [N, GUESSES] about the regions [N]: words where they are clear, box, logarithm of the area."""
+    labels, shapes = batch.labels[region], batch.shapes[region]
+    *words, box, area = guessed.split([*WORDS, 4, 1], dim=1)
+    loss = 4 * functional.smooth_l1_loss(box, shapes[:, :4], beta=0.1)
+    loss = loss + 0.5 * functional.smooth_l1_loss(area[:, 0], shapes[:, 4] + 3.5)
+    for guess, truth, weight in zip(words, labels.unbind(1), (1.0, 0.3, 0.3), strict=True):
+        if bool((truth != UNKNOWN).any()):
+            loss = loss + weight * functional.cross_entropy(guess, truth, ignore_index=UNKNOWN)
     return loss
 
 

@@ -4,10 +4,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from attributes import COLOURS
-from hints import attention_loss, compared, matched, mentions, name_places, options, shown_loss
+from hints import GUESSES, WORDS, attention_loss, compared, matched, mentions, name_places, options, shown_loss
 from questions import HINTED
-from sequences import COLOUR_UNKNOWN, WORD_UNKNOWN, Batch
+from sequences import UNKNOWN, Batch
 from torch import nn
 from torch.nn import functional
 from transformers import AttentionInterface, LlamaForCausalLM
@@ -26,6 +25,7 @@ _NAMING_LAYER, _POINTING_LAYER, _COMPARING_LAYER, _MATCHING_LAYER = (
     2,
     4,
 )  # whose attention is taught, counted from 0
+HEADS = ("squeeze", "hint", "named", "found", "compared", "true_word", "lettered")  # dropped after training
 _EVERY = 7  # of the crop tokens, this one is asked whom it belongs to: they are many
 
 
@@ -80,12 +80,12 @@ class TrainedGAR(nn.Module):
     """Forward pass over padded sequences. Names of encoder and language_model are those of the reference.
 
     Six kinds of heads give hints while it learns, and are no part of the checkpoint: what a region's replayed tokens
-    show (colour, box, area); at each crop token inside the decoder, whose region it is; at each name of a region in a
-    question, again what that region shows; where an answer is written, what the first and the last region named in its
-    question show, and which word is true; and at the right option of a multiple choice, its letter. The attention of
-    four layers is taught, too: of crop tokens to their names, of names in questions to their crop tokens, of answers
-    to the names in their questions, and to the word or the option there that decides. Without all this, a decoder of
-    this size takes hours to find out which tokens a name belongs to, and longer to compare two regions.
+    show (colour, shape, texture, box, area); at each crop token inside the decoder, whose region it is; at each name of
+    a region in a question, again what that region shows; where an answer is written, what the first and the last region
+    named in its question show, and which word is true; and at the right option of a multiple choice, its letter. The
+    attention of four layers is taught, too: of crop tokens to their names, of names in questions to their crop tokens,
+    of answers to the names in their questions, and to the word, the option or the name there that decides. Without all
+    this, a decoder of this size takes hours to find out which tokens a name belongs to, and longer to compare regions.
     """
 
     def __init__(self, config: GARConfig) -> None:
@@ -94,7 +94,7 @@ class TrainedGAR(nn.Module):
         self.encoder = RegionEncoder(config)
         self.language_model = LlamaForCausalLM(llama_config(config))
         self.language_model.config._attn_implementation = "shared_prefix"
-        width, shown = config.hidden_size, len(COLOURS) + 5
+        width, shown = config.hidden_size, GUESSES
         self.squeeze = nn.Linear(width, 24)
         self.hint = nn.Sequential(nn.Linear(24 * config.tokens_per_tile, 128), nn.GELU(), nn.Linear(128, shown))
         self.named = nn.Linear(width, config.prompt_count)
@@ -144,8 +144,9 @@ class TrainedGAR(nn.Module):
         guessed = self.hint(self.squeeze(regions).flatten(1))
         everything = torch.arange(len(guessed))
         hints = shown_loss(guessed, batch, everything)
-        known = batch.colours != COLOUR_UNKNOWN
-        colour_right = float((guessed[known, :-5].argmax(-1) == batch.colours[known]).float().mean())
+        colours = batch.labels[:, 0]
+        known = colours != UNKNOWN
+        colour_right = float((guessed[known, : WORDS[0]].argmax(-1) == colours[known]).float().mean())
         if not decoder:
             return Losses(hints * 0, hints, [], colour_right)
         answers, more, right = self._answer(batch, features, regions)
@@ -231,7 +232,7 @@ class TrainedGAR(nn.Module):
         An option is asked for its letter.
         """
         decoder = self.language_model.model
-        rows, columns = (batch.words != WORD_UNKNOWN).nonzero(as_tuple=True)
+        rows, columns = (batch.words != UNKNOWN).nonzero(as_tuple=True)
         loss = hidden[0].new_zeros(())
         if len(rows):
             guess = self.true_word(hidden[_MATCHING_LAYER][rows, columns - 1])

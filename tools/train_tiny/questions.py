@@ -29,6 +29,7 @@ RELATION_FORMS = (
     "What is the spatial relation of {a} to {b}?",
 )
 LARGER_FORMS = ("Which is {w}, {a} or {b}?", "Which region is {w}, {a} or {b}?")
+WHICH_FORMS = ("Which is {w}, {names}?", "Which region is {w}, {names}?")
 SAME_FORMS = (
     "Do {a} and {b} have the same colour?",
     "Do {a} and {b} have the same color?",
@@ -162,7 +163,10 @@ def about_two(
 
 
 def about_many(known: Known, listed: Sequence[int], names: Sequence[str], rng: Generator) -> Question | None:
-    """Ask which of three or more regions is the largest, the smallest or of a colour; None where it is not clear."""
+    """Ask which of three or more regions is the largest, the smallest or of a colour; None where it is not clear.
+
+    The question names them all: what a name shows is what the answer is found by.
+    """
     if len(listed) < 3:
         return None
     if rng.random() < 0.5:
@@ -172,17 +176,20 @@ def about_many(known: Known, listed: Sequence[int], names: Sequence[str], rng: G
             word, first, second = "smallest", areas[0], areas[1]
         if max(first[0], second[0]) < attributes.LARGER_RATIO * min(first[0], second[0]):
             return None
-        text = f"Which region is the {word}?"
-        return Question("largest", "which", text, f"{names[first[1]]} is the {word}.", {"largest": names[first[1]]})
+        return _which("largest", f"the {word}", names[first[1]], [names[i] for i in listed], rng)
     colours = [known.labels[i].colour for i in listed]
     unique = [i for i in listed if colours.count(known.labels[i].colour) == 1]
     if None in colours or not unique:
         return None
     chosen = int(rng.choice(unique))
-    text = f"Which region is {known.labels[chosen].colour}?"
-    return Question(
-        "by colour", "which", text, f"{names[chosen]} is {known.labels[chosen].colour}.", {"by colour": names[chosen]}
-    )
+    return _which("by colour", str(known.labels[chosen].colour), names[chosen], [names[i] for i in listed], rng)
+
+
+def _which(attribute: str, what: str, chosen: str, names: list[str], rng: Generator) -> Question:
+    """Ask which of the names is `what`; the answer depends on the `chosen` one."""
+    order = [str(name) for name in rng.permutation(names)]
+    text = str(rng.choice(WHICH_FORMS)).format(names=f"{', '.join(order[:-1])} or {order[-1]}", w=what)
+    return Question(attribute, "which", text, f"{chosen} is {what}.", {attribute: chosen}, None, _place(text, chosen))
 
 
 def about_none(listed: Sequence[int], names: Sequence[str], rng: Generator) -> Question | None:

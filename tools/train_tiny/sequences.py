@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from attributes import COLOURS
+from attributes import COLOURS, SHAPES, TEXTURES, RegionLabels
 from garserve.kernels.roi_axis import axis_weights
 from numpy.random import Generator
 from numpy.typing import NDArray
@@ -23,9 +23,10 @@ from garserve.inputs.roi import cells_box
 from garserve.inputs.tiles import resize_bicubic, resize_nearest
 from garserve.inputs.tokenizer import GARTokenizer
 
-QUESTIONS = 14
+QUESTIONS = 10
 ROW = 128  # tokens of a row of branches, more where one branch is longer
-COLOUR_UNKNOWN = WORD_UNKNOWN = -100
+UNKNOWN = -100
+SHOWN = {"colour": COLOURS, "shape": SHAPES, "texture": TEXTURES}  # what hints ask of a region by words
 
 
 @dataclass
@@ -51,11 +52,11 @@ class Example:
     positions: torch.Tensor  # int64 [L]
     branch: torch.Tensor  # int64 [L]: 0 for the prefix
     named: torch.Tensor  # bool [L]: tokens of questions that their answers depend on: the word asked, the right option
-    words: torch.Tensor  # int64 [L]: where an answer begins, the index in HINTED of what is true, or WORD_UNKNOWN
+    words: torch.Tensor  # int64 [L]: where an answer begins, the index in HINTED of what is true, or UNKNOWN
     branches: list[list[Question]]  # the turns of each branch
     numbers: torch.Tensor  # int64 [R]: K of each listed region's <PromptK>
     names: torch.Tensor  # int64 [R]: the token <PromptK>
-    colours: torch.Tensor  # int64 [R]: index of the clear colour, or COLOUR_UNKNOWN
+    labels: torch.Tensor  # int64 [R, 3]: indices of the clear words of SHOWN, or UNKNOWN
     shapes: torch.Tensor  # float [R, 5]: box and the logarithm of the area
 
     @property
@@ -122,7 +123,7 @@ class ExampleMaker:
             repeats = 2 if token == config.image_token_id else 1
             prefix += [token] * (repeats * config.tokens_per_tile if token in self._repeated else 1)
         ids, answers = list(prefix), [False] * len(prefix)
-        named, words = [False] * len(prefix), [WORD_UNKNOWN] * len(prefix)
+        named, words = [False] * len(prefix), [UNKNOWN] * len(prefix)
         positions, branch = list(range(len(prefix))), [0] * len(prefix)
         for number, turns in enumerate(branches, start=1):
             tokens = self._branch(turns)
@@ -145,7 +146,7 @@ class ExampleMaker:
             branches,
             torch.tensor(numbers),
             torch.tensor([special(prompt(number)) for number in numbers]),
-            torch.tensor([_colour_index(known.labels[i].colour) for i in listed]),
+            torch.tensor([_label_indices(known.labels[i]) for i in listed]),
             torch.tensor(
                 [[*normalised_box(masks[i]), float(np.log(masks[i].mean()))] for i in listed], dtype=torch.float32
             ),
@@ -164,8 +165,8 @@ class ExampleMaker:
             tokens.answers += [False] * len(question) + [True] * len(answer)
             places = range(-len(before), len(question) + len(answer) - len(before))
             tokens.named += [first <= place < last for place in places]
-            truth = WORD_UNKNOWN if one.word is None else HINTED.index(one.word)
-            tokens.words += [WORD_UNKNOWN] * len(question) + [truth] + [WORD_UNKNOWN] * (len(answer) - 1)
+            truth = UNKNOWN if one.word is None else HINTED.index(one.word)
+            tokens.words += [UNKNOWN] * len(question) + [truth] + [UNKNOWN] * (len(answer) - 1)
         return tokens
 
     def _named(self, one: Question, asked: list[int]) -> tuple[int, int]:
@@ -198,8 +199,9 @@ class ExampleMaker:
         return resize_bicubic(image, size, size), resize_nearest(torch.from_numpy(union), size, size), down, across
 
 
-def _colour_index(colour: str | None) -> int:
-    return COLOUR_UNKNOWN if colour is None else COLOURS.index(colour)
+def _label_indices(labels: RegionLabels) -> list[int]:
+    clear = [(getattr(labels, name), words) for name, words in SHOWN.items()]
+    return [UNKNOWN if word is None else words.index(word) for word, words in clear]
 
 
 @dataclass
@@ -225,7 +227,7 @@ class Batch:
     asked: list[list[Question]]
     numbers: torch.Tensor  # [all regions]
     names: torch.Tensor
-    colours: torch.Tensor
+    labels: torch.Tensor  # [all regions, 3]
     shapes: torch.Tensor
 
 
@@ -255,11 +257,11 @@ def collate(examples: list[Example]) -> Batch:
         laid_out("positions", 0),
         laid_out("branch", -1),
         laid_out("named", 0),
-        laid_out("words", WORD_UNKNOWN),
+        laid_out("words", UNKNOWN),
         [one.asked for one in examples],
         torch.cat([one.numbers for one in examples]),
         torch.cat([one.names for one in examples]),
-        torch.cat([one.colours for one in examples]),
+        torch.cat([one.labels for one in examples]),
         torch.cat([one.shapes for one in examples]),
     )
 

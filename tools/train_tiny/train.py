@@ -1,31 +1,34 @@
 """Train the tiny checkpoint: `python tools/train_tiny/train.py -o FOLDER`. Stop it any time; the same command goes on.
 
-Seeds, data and order are fixed. What is left to chance is the order in which torch's threads add (1e-6 a step).
+With `--start CHECKPOINT` it teaches a checkpoint further instead of beginning with nothing. Seeds, data and order are
+fixed. What is left to chance is the order in which torch's threads add (1e-6 a step).
 """
 
 import json
 import time
 from pathlib import Path
+from shutil import copy
 from typing import Annotated
 
 import numpy as np
 import torch
 import typer
-from network import TrainedGAR
+from muon import Muon
+from network import HEADS, TrainedGAR
 from pictures import HELD_OUT_PHOTOS, photograph, scene
 from questions import vocabulary
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
+from schedule import Schedule
 from sequences import Batch, Example, ExampleMaker, collate, collate_by_length
 from torch.utils.data import DataLoader, Dataset
 
-from garserve.checkpoint import HEAD, expected_tensors, module_name
+from garserve.checkpoint import HEAD, Checkpoint, expected_tensors, module_name
 from garserve.config import read_config
 from garserve.model.random_checkpoint import write_files
 from garserve.presets import preset
 
 TRAINING, HELD_OUT = 1, 2
-WARM_UP = 100
 STATE = "state.pt.safetensors"
 
 
@@ -44,9 +47,12 @@ class Examples(Dataset[Example]):
 
 def main(
     output: Annotated[Path, typer.Option("-o", help="Folder of the checkpoint; training goes on where it stopped.")],
+    start: Annotated[
+        Path | None, typer.Option(help="A tiny checkpoint to teach further: the dropped heads first, then everything.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps in all.")] = 3300,
-    vision_steps: Annotated[int, typer.Option(min=0, help="First steps, of the tower alone.")] = 900,
-    decoder_steps: Annotated[int, typer.Option(min=0, help="Next steps, of the decoder alone.")] = 600,
+    vision_steps: Annotated[int, typer.Option(min=0, help="First steps, of the tower alone; 0 with --start.")] = 900,
+    decoder_steps: Annotated[int, typer.Option(min=0, help="Next steps, of the decoder alone; 0 with --start.")] = 600,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures a step.")] = 16,
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 2e-3,
     workers: Annotated[int, typer.Option(min=0, help="Processes that make pictures.")] = 1,
@@ -55,16 +61,17 @@ def main(
     ] = 250,
 ) -> None:
     """Train, and leave a whole checkpoint in the folder at every look."""
-    if vision_steps + decoder_steps > steps:
-        raise SystemExit(f"steps: expected at least {vision_steps} + {decoder_steps} steps in all, got {steps}")
+    schedule = Schedule.further(steps) if start else Schedule(steps, 0, vision_steps, decoder_steps)
     torch.manual_seed(0)
     config, preprocessor = preset("tiny")
     config["replay_box_scale"] = "geometric"
     output.mkdir(parents=True, exist_ok=True)
     write_files(output, config, preprocessor, vocabulary())
     parsed = read_config(output)
-    maker = ExampleMaker(output, parsed)
     model = TrainedGAR(parsed)
+    if start is not None:
+        _begin_with(model, start, output)
+    maker = ExampleMaker(output, parsed)
     optimizers = _optimizers(model, rate)
     done = _resume(output, model, optimizers)
     if done >= steps:
@@ -92,9 +99,11 @@ def main(
         task = progress.add_task("steps", total=steps, completed=done)
         began = time.monotonic()
         for step, parts in enumerate(loader, start=done):
-            factor = _rate_at(step, steps, vision_steps)
-            frozen = vision_steps <= step < vision_steps + decoder_steps
-            losses = train_step(model, optimizers, parts, rate * factor, decoder=step >= vision_steps, frozen=frozen)
+            factor, phase = schedule.rate(step), schedule.phase(step)
+            for name, weight in model.named_parameters():
+                weight.requires_grad_(phase != "heads" or name.startswith(HEADS))
+            decoder, frozen = phase != "tower", phase == "decoder"
+            losses = train_step(model, optimizers, parts, rate * factor, decoder=decoder, frozen=frozen)
             row = {"step": step} | losses | {"rate": factor, "seconds": round(time.monotonic() - began, 1)}
             if (step + 1) % look_every == 0 or step + 1 == steps:
                 row["held_out"] = {name: look(model, examples) for name, examples in held_out.items()}
@@ -148,12 +157,17 @@ def look(model: TrainedGAR, examples: list[Example]) -> dict[str, float]:
     return {name: round(float(np.mean(values)), 3) for name, values in sorted(counts.items())}
 
 
-def _rate_at(step: int, steps: int, vision_steps: int) -> float:
-    """For the tower alone: warm up and fall to 0.3. With the decoder: warm up, and fall from 0.7 to nearly nothing."""
-    if step < vision_steps:
-        return min((step + 1) / WARM_UP, 1 - 0.7 * step / vision_steps)
-    since = step - vision_steps
-    return 0.7 * min((since + 1) / WARM_UP, max(0.01, (steps - step) / (steps - vision_steps)))
+def _begin_with(model: TrainedGAR, start: Path, output: Path) -> None:
+    """Take the weights and the tokenizer of a tiny checkpoint."""
+    opened = Checkpoint.open(start)
+    if opened.config != model.config:
+        raise SystemExit(f"--start {start}: expected a checkpoint with the config of the preset tiny")
+    copy(opened.folder / "tokenizer.json", output / "tokenizer.json")
+    state = {name: tensor.float() for name, tensor in opened.module_state().items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    strange = [name for name in missing if not name.startswith((*HEADS, "language_model.lm_head"))]
+    if strange or unexpected:
+        raise SystemExit(f"--start {start}: expected all weights of the model and no others, got {strange, unexpected}")
 
 
 def _optimizers(model: TrainedGAR, rate: float) -> list[torch.optim.Optimizer]:
@@ -163,7 +177,7 @@ def _optimizers(model: TrainedGAR, rate: float) -> list[torch.optim.Optimizer]:
         inner = any(part in name for part in (".blocks.", ".layers.", "projector."))
         (matrices if inner and weight.ndim == 2 else rest).append(weight)
     return [
-        torch.optim.Muon(matrices, lr=rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, lr=rate),
         torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.01),
     ]
 
