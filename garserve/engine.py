@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 from garserve.checkpoint import TINY, Checkpoint
 from garserve.config import BoxScale
 from garserve.errors import GarserveError, InputError, RequestError
+from garserve.export.choice import choose_vision, open_vision
 from garserve.generation import OnReport, Progress, Report, Sampling
 from garserve.inputs.images import ImageSource, load_image
 from garserve.inputs.processor import PreparedRequest, Processor
@@ -64,6 +65,8 @@ def load(
     *,
     max_num_tiles: int | None = None,
     box_scale: BoxScale | None = None,
+    vision_backend: str | None = None,
+    vision_model: str | Path | None = None,
     **engine_options: Any,
 ) -> "Engine":
     """Load a GAR checkpoint (a folder, or a Hugging Face repo id) and return an engine for it.
@@ -71,10 +74,14 @@ def load(
     Without one, the tiny checkpoint that comes with garserve is loaded: it tells colour, size, place, shape and
     surface of regions, and how two of them lie (MODEL_CARD.md).
 
-    `max_num_tiles` (1 to 36) and `box_scale` override the checkpoint's own. `engine_options` go to the backend: for
-    "vllm" its EngineArgs, `separate_process` and `verbose`; for "reference" `dtype` and `batch_size`; for both
-    `tile_cache_gb`, the memory that features of tiles are kept in (default 0.5 and 0).
-    Raises CheckpointError where the checkpoint is not a whole GAR model.
+    `max_num_tiles` (1 to 36) and `box_scale` override the checkpoint's own. `vision_backend` is what computes tiles:
+    "torch" (the default), or "onnx" or "onnx:PROVIDER" for the tower in ONNX Runtime; `vision_model` is the folder of
+    `garserve export vision` that it takes, by default a float32 export that is made once and kept.
+
+    `engine_options` go to the backend: for "vllm" its EngineArgs, `separate_process` and `verbose`; for "reference"
+    `dtype` and `batch_size`; for both `tile_cache_gb`, the memory for features of tiles (default 0.5 and 0).
+    Raises CheckpointError where the checkpoint is not a whole GAR model, OnnxError where the exported tower
+    cannot be used, or is another checkpoint's.
     """
     if box_scale not in (None, *get_args(BoxScale)):
         raise RequestError(f"box_scale: expected {' or '.join(get_args(BoxScale))}, got {box_scale!r:.80}")
@@ -82,10 +89,11 @@ def load(
     if box_scale is not None:
         opened = replace(opened, config=opened.config.with_box_scale(box_scale))
     processor = Processor(opened.folder, opened.config, max_num_tiles=max_num_tiles)
+    vision = choose_vision(opened, vision_backend, vision_model)
     if backend == "vllm":
         from garserve.vllm_plugin.backend import VLLMBackend
 
-        return Engine(VLLMBackend(opened, max_num_tiles=max_num_tiles, **engine_options), processor)
+        return Engine(VLLMBackend(opened, max_num_tiles=max_num_tiles, vision=vision, **engine_options), processor)
     if backend == "reference":
         from garserve.model.reference_backend import ReferenceBackend
 
@@ -94,7 +102,8 @@ def load(
             raise RequestError(
                 f"engine option {unknown[0]!r} is none of the reference's (dtype, batch_size, tile_cache_gb)"
             )
-        return Engine(ReferenceBackend(opened, **engine_options), processor)
+        session = None if vision is None else open_vision(opened, vision)
+        return Engine(ReferenceBackend(opened, vision=session, **engine_options), processor)
     raise RequestError(f"backend: expected 'vllm' or 'reference', got {backend!r}")
 
 

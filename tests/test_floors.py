@@ -19,6 +19,7 @@ FLOORS = {
     "garserve.kernels": 1,
     "garserve.inputs": 2,
     "garserve.checkpoint": 2,
+    "garserve.fingerprint": 2,
     "garserve.model": 3,
     "garserve.vllm_plugin": 4,
     "garserve.export": 4,
@@ -34,6 +35,8 @@ FLOORS = {
     "garserve.cli_shared": 7,
     "garserve.cli_eval": 8,
     "garserve.cli_doctor": 8,
+    "garserve.cli_encode": 8,
+    "garserve.cli_export": 8,
     "garserve.cli": 9,
     "garserve.__main__": 10,
 }

@@ -1,6 +1,6 @@
 """From items (tiles, masks, boxes) to the embeddings that stand at their placeholders."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -11,6 +11,9 @@ from garserve.model.patch_tokens import normalise, patch_tokens, unpack
 from garserve.model.replay import ReplayPlan
 from garserve.model.tile_cache import Placement, TileCache
 from garserve.model.vision import Projector, VisionTower
+
+# Computes uint8 tiles [T, 3, S, S] with masks of bits [T, S, ceil(S/8)] to features [T, n², C], any float dtype.
+TileFeatures = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class RegionEncoder(nn.Module):
@@ -28,6 +31,7 @@ class RegionEncoder(nn.Module):
         self.projector = Projector(config)
         self.tiles_at_once = tiles_at_once
         self.tile_cache = TileCache(tile_cache_gb)
+        self.vision: TileFeatures | None = None  # takes the place of tower and projector where there is one
 
     @torch.inference_mode()
     def encode(self, items: Sequence[Item]) -> list[torch.Tensor]:
@@ -81,11 +85,16 @@ class RegionEncoder(nn.Module):
 
     def features(self, tiles: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         """Compute uint8 tiles [T, 3, S, S] with packed masks [T, S, ceil(S/8)] to features [T, n², C]."""
+        compute = self.vision or self._run_tower
         parts = [
-            self.projector(self.tower.run(patch_tokens(self.tower, self.config, some, bits)))
+            compute(some, bits)
             for some, bits in zip(tiles.split(self.tiles_at_once), masks.split(self.tiles_at_once), strict=True)
         ]
-        return torch.cat(parts)
+        return torch.cat(parts).to(self.projector.linear_2.weight)
+
+    def _run_tower(self, tiles: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        projected: torch.Tensor = self.projector(self.tower.run(patch_tokens(self.tower, self.config, tiles, masks)))
+        return projected
 
     def normalise(self, tiles: torch.Tensor) -> torch.Tensor:
         """Turn uint8 tiles [T, 3, S, S] into what the tower's convolution reads."""
