@@ -13,6 +13,7 @@ from rich.markup import escape
 from garserve import __version__
 from garserve.checkpoint import TINY
 from garserve.cli_doctor import doctor
+from garserve.cli_encode import encode
 from garserve.cli_eval import evaluations
 from garserve.cli_export import exports
 from garserve.cli_options import (
@@ -53,6 +54,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="
 app.add_typer(evaluations, name="eval")
 app.add_typer(exports, name="export")
 app.command()(doctor)
+app.command()(encode)
 
 
 @app.callback(invoke_without_command=True)

@@ -5,6 +5,7 @@ import queue
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
@@ -12,7 +13,9 @@ from garserve.checkpoint import TINY, Checkpoint
 from garserve.config import BoxScale
 from garserve.errors import GarserveError, InputError, RequestError
 from garserve.export.choice import choose_vision, open_vision
+from garserve.fingerprint import vision_fingerprint
 from garserve.generation import OnReport, Progress, Report, Sampling
+from garserve.inputs.encoded import EncodedImage
 from garserve.inputs.images import ImageSource, load_image
 from garserve.inputs.processor import PreparedRequest, Processor
 from garserve.inputs.prompts import stop_token_id
@@ -88,7 +91,8 @@ def load(
     opened = Checkpoint.open(checkpoint)
     if box_scale is not None:
         opened = replace(opened, config=opened.config.with_box_scale(box_scale))
-    processor = Processor(opened.folder, opened.config, max_num_tiles=max_num_tiles)
+    fingerprint = cache(partial(vision_fingerprint, opened))
+    processor = Processor(opened.folder, opened.config, max_num_tiles=max_num_tiles, fingerprint=fingerprint)
     vision = choose_vision(opened, vision_backend, vision_model)
     if backend == "vllm":
         from garserve.vllm_plugin.backend import VLLMBackend
@@ -120,24 +124,28 @@ class Engine:
         """What became of the tiles so far: how many were asked for, computed, and found computed before."""
         return self.backend.tile_counts()
 
-    def describe(self, image: ImageSource, regions: Sequence[Any], **options: Any) -> list[Answer]:
+    def describe(self, image: ImageSource | EncodedImage, regions: Sequence[Any], **options: Any) -> list[Answer]:
         """Describe each region by itself, in the authors' single-region form; the image is read and tiled once.
 
-        `regions` are Region objects or what Region.parse takes; `options` are fields of RegionRequest.
+        `regions` are Region objects or what Region.parse takes; `options` are fields of RegionRequest. An EncodedImage
+        is described as it is, and holds one region.
         """
+        if isinstance(image, EncodedImage):
+            return list(self.describe_many([RegionRequest(image, regions, **options)]))
         given = RegionRequest(load_image(image), regions, **options)
         singles = [replace(given, regions=[region]) for region in given.parsed_regions()]
         return list(self.describe_many(singles))
 
-    def ask(self, image: ImageSource, regions: Sequence[Any], question: str, **options: Any) -> Answer:
+    def ask(self, image: ImageSource | EncodedImage, regions: Sequence[Any], question: str, **options: Any) -> Answer:
         """Answer a question in which `<Prompt0>`, `<Prompt1>`, … name the regions in their order."""
         return next(self.describe_many([RegionRequest(image, regions, question, **options)]))
 
-    def chat(self, image: ImageSource, regions: Sequence[Any], **options: Any) -> "Chat":
+    def chat(self, image: ImageSource | EncodedImage, regions: Sequence[Any], **options: Any) -> "Chat":
         """Start a conversation about the regions of one image; its first question is what is said first."""
         if "question" in options or "turns" in options:
             raise RequestError("chat: takes no question or turns; say them")
-        return Chat(self, RegionRequest(load_image(image), regions, **options))
+        held = image if isinstance(image, EncodedImage) else load_image(image)
+        return Chat(self, RegionRequest(held, regions, **options))
 
     def describe_many(self, requests: Iterable[RegionRequest], *, in_flight: int = 32) -> Iterator[Answer]:
         """Answer requests in their order, at most `in_flight` at a time; an unusable request raises its error."""

@@ -43,13 +43,15 @@ class RegionEncoder(nn.Module):
             return []
         placement, positions = self._place(items)
         features, slots, tokens = placement.features, placement.slots, self.config.tokens_per_tile
-        counts = [tokens if item.roi else tokens * len(item.tiles) for item in items]
+        counts = [_row_count(item, tokens) for item in items]
         out = features.new_empty(sum(counts), features.shape[2])
         views = list(out.split(counts))
         plan, row = ReplayPlan(), 0
         for item, count, view in zip(items, counts, views, strict=True):
             own = [slots[positions[key]] for key in item.keys]
-            if item.roi:
+            if item.rows is not None:
+                view.copy_(item.rows)
+            elif item.roi:
                 plan.add(item.roi, own, row)
             else:
                 torch.index_select(features, 0, _indices(own, features), out=view.unflatten(0, (-1, tokens)))
@@ -105,6 +107,12 @@ class RegionEncoder(nn.Module):
         """Unpack mask bits to 0 and 1 in the tower's dtype: [T, S, S]."""
         weight = self.projector.linear_1.weight
         return unpack(masks.to(weight.device), self.config.tile_size).to(weight.dtype)
+
+
+def _row_count(item: Item, tokens: int) -> int:
+    if item.rows is not None:
+        return len(item.rows)
+    return tokens if item.roi else tokens * len(item.tiles)
 
 
 def _indices(slots: Sequence[int], like: torch.Tensor) -> torch.Tensor:

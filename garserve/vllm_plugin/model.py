@@ -73,12 +73,17 @@ class GARForRegions(nn.Module, SupportsMultiModal, SupportsPP):
         keys: torch.Tensor | None = None,
         plan: torch.Tensor | None = None,
         box: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
+        row_bytes: torch.Tensor | None = None,
         **_: object,
     ) -> list[torch.Tensor]:
         """Embed all image and region items of a step: one tensor [tokens, C] each, in their order."""
         if tiles is None or masks is None or keys is None or plan is None or box is None:
             return []
-        return self.encoder.encode(items_from_kwargs(tiles, masks, keys, plan, box))
+        if rows is None or row_bytes is None:
+            return []
+        width, dtype = self.gar_config.hidden_size, getattr(torch, self.gar_config.dtype)
+        return self.encoder.encode(items_from_kwargs(tiles, masks, keys, plan, box, rows, row_bytes, width, dtype))
 
     def forward(
         self,
