@@ -83,7 +83,7 @@ def export_vision(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as made:
         path = Path(made) / FILE
-        _write(encoder, path, info)
+        write_graph(encoder, path, info)
         if dtype == "int8":
             from garserve.export.quantise import quantise
 
@@ -111,9 +111,11 @@ def _check(encoder: RegionEncoder, path: Path) -> float:
     return error
 
 
-def _write(encoder: RegionEncoder, path: Path, info: ModelInfo) -> None:
+def write_graph(encoder: RegionEncoder, path: Path, info: ModelInfo) -> None:
+    """Trace an encoder's graph in the dtype and opset of `info`, and write it with its weights beside `path`."""
     import onnx_ir
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     graph = TowerGraph(encoder, fused=info.opset >= FUSED_OPSET).eval()
     if info.dtype == "fp16":
         graph.half()
