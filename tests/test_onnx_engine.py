@@ -210,7 +210,7 @@ def test_vllm_says_the_same_with_the_exported_tower(torch_tower: Engine, encoded
 
 @pytest.mark.vllm
 def test_vllm_says_the_same_about_photographs_with_masks(photos: Path, torch_tower: Engine) -> None:
-    """Greedy texts of all records that name at most five regions, float32: the exported tower's are the torch tower's."""
+    """Greedy texts in float32, of every region by itself and of each set of up to five: equal with both towers."""
     pytest.importorskip("vllm", reason="vLLM is not installed (pip install garserve[cpu] or garserve[gpu])")
     asked = []
     for line in (photos / "regions.jsonl").open():
