@@ -25,9 +25,9 @@ from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from garserve.config import GARConfig, parse_config
-from garserve.fingerprint import vision_settings
 from garserve.inputs.tiles import pack_mask
 from garserve.model.encoder import RegionEncoder
+from garserve.model.fingerprint import vision_settings
 from garserve.model.onnx_file import ModelInfo
 from garserve.model.onnx_vision import OnnxVision
 from garserve.presets import preset

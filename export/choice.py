@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from garserve.checkpoint import Checkpoint
 from garserve.errors import RequestError
-from garserve.fingerprint import vision_fingerprint
+from garserve.model.fingerprint import vision_fingerprint
 
 if TYPE_CHECKING:
     from garserve.model.onnx_vision import OnnxVision

@@ -7,7 +7,7 @@ from typing import Any, get_args
 from garserve.checkpoint import Checkpoint
 from garserve.config import BoxScale, GARConfig
 from garserve.errors import RequestError
-from garserve.fingerprint import vision_fingerprint, vision_settings
+from garserve.model.fingerprint import vision_fingerprint, vision_settings
 from garserve.model.onnx_file import REPLAY, ModelInfo, require
 
 OPSET = 20  # ONNX Runtime's RoiAlign is that of opset 16; the one of opset 22 has no implementation there

@@ -3,8 +3,8 @@
 import torch
 
 from garserve.checkpoint import Checkpoint, module_name
-from garserve.fingerprint import VISION_PREFIXES
 from garserve.model.encoder import RegionEncoder
+from garserve.model.fingerprint import VISION_PREFIXES
 
 
 def load_encoder(checkpoint: Checkpoint) -> RegionEncoder:

@@ -12,9 +12,9 @@ from garserve.export.source import load_encoder
 
 from garserve.checkpoint import Checkpoint
 from garserve.errors import OnnxError
-from garserve.fingerprint import vision_fingerprint
 from garserve.inputs.roi import replay_roi
 from garserve.model.encoder import RegionEncoder
+from garserve.model.fingerprint import vision_fingerprint
 from garserve.model.onnx_file import KINDS, REPLAY, VISION, ModelInfo, read_info, require
 from garserve.model.onnx_vision import OnnxVision
 from garserve.model.replay import replay

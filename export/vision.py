@@ -19,8 +19,8 @@ from garserve.export.tower_graph import FUSED_OPSET, TowerGraph
 
 from garserve.checkpoint import Checkpoint
 from garserve.errors import OnnxError, RequestError
-from garserve.fingerprint import vision_fingerprint, vision_settings
 from garserve.model.encoder import RegionEncoder
+from garserve.model.fingerprint import vision_fingerprint, vision_settings
 from garserve.model.onnx_file import VISION, ModelInfo, require
 from garserve.model.onnx_vision import OnnxVision
 

@@ -46,8 +46,8 @@ def encode(
     from garserve.checkpoint import Checkpoint
     from garserve.export.choice import choose_vision, open_vision
     from garserve.export.source import load_encoder
-    from garserve.fingerprint import vision_fingerprint
     from garserve.inputs.processor import Processor
+    from garserve.model.fingerprint import vision_fingerprint
     from garserve.model.tile_cache import DEFAULT_GB, TileCache
 
     check_folder(input_file, output)

@@ -13,13 +13,13 @@ from garserve.checkpoint import TINY, Checkpoint
 from garserve.config import BoxScale
 from garserve.errors import GarserveError, InputError, RequestError
 from garserve.export.choice import choose_vision, open_vision
-from garserve.fingerprint import vision_fingerprint
 from garserve.generation import OnReport, Progress, Report, Sampling
 from garserve.inputs.encoded import EncodedImage
 from garserve.inputs.images import ImageSource, load_image
 from garserve.inputs.processor import PreparedRequest, Processor
 from garserve.inputs.prompts import stop_token_id
 from garserve.inputs.request import RegionRequest, Turn
+from garserve.model.fingerprint import vision_fingerprint
 
 if TYPE_CHECKING:
     from garserve.model.tile_cache import TileCounts

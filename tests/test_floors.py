@@ -19,7 +19,6 @@ FLOORS = {
     "garserve.kernels": 1,
     "garserve.inputs": 2,
     "garserve.checkpoint": 2,
-    "garserve.fingerprint": 2,
     "garserve.model": 3,
     "garserve.vllm_plugin": 4,
     "garserve.export": 4,

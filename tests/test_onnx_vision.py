@@ -17,9 +17,9 @@ from garserve.export.vision import TOLERANCES, export_vision, write_graph
 from garserve.checkpoint import TINY, Checkpoint
 from garserve.config import GARConfig, parse_config
 from garserve.errors import OnnxError, RequestError
-from garserve.fingerprint import vision_fingerprint, vision_settings
 from garserve.inputs.tiles import pack_mask
 from garserve.model.encoder import RegionEncoder
+from garserve.model.fingerprint import vision_fingerprint, vision_settings
 from garserve.model.onnx_file import ModelInfo, read_info
 from garserve.model.onnx_vision import OnnxVision
 from garserve.presets import preset

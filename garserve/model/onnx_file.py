@@ -19,11 +19,11 @@ class ModelInfo:
 
     kind: str  # "vision" or "replay"
     version: str  # of garserve
-    checkpoint: str  # fingerprint of the vision half (garserve.fingerprint)
+    checkpoint: str  # fingerprint of the vision half (garserve.model.fingerprint)
     dtype: str  # "fp32", "fp16", "bf16" or "int8"
     opset: int
     tolerance: float  # of the largest difference, relative to the largest value of the reference
-    config: dict[str, Any]  # see garserve.fingerprint.vision_settings; a replay also has its box_scale
+    config: dict[str, Any]  # see garserve.model.fingerprint.vision_settings; a replay also has its box_scale
 
     def as_properties(self) -> dict[str, str]:
         """Return the fields as texts."""

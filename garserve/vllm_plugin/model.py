@@ -13,8 +13,8 @@ from vllm.sequence import IntermediateTensors
 
 from garserve.checkpoint import MODULE_PREFIXES, Checkpoint, resolve
 from garserve.config import read_config
-from garserve.fingerprint import vision_fingerprint
 from garserve.model.encoder import RegionEncoder
+from garserve.model.fingerprint import vision_fingerprint
 from garserve.model.onnx_vision import OnnxVision
 from garserve.vllm_plugin.multimodal import (
     IMAGE_TOKEN,

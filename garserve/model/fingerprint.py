@@ -1,4 +1,4 @@
-"""What a checkpoint's vision half is, in one short text (floor 2): exports carry it, and stand in for no other."""
+"""What a checkpoint's vision half is, in one short text: exports carry it, and stand in for no other."""
 
 import json
 from dataclasses import asdict
