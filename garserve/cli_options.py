@@ -42,7 +42,6 @@ VisionBackendOption = Annotated[
 VisionModelOption = Annotated[
     Path | None,
     typer.Option(
-        envvar="GARSERVE_VISION_MODEL",
         help="Folder of [bold]garserve export vision[/] (default: a float32 export, made on first use and kept).",
     ),
 ]

@@ -125,9 +125,9 @@ def test_export_commands(mini: Path, tmp_path: Path) -> None:
     run = CliRunner().invoke
     out = run(app, ["export", "replay", str(mini), "-o", str(tmp_path), "--json"], catch_exceptions=False)
     assert json.loads(out.stdout)["config"]["box_scale"] == "geometric"
-    out = run(app, ["export", "vision", str(mini), "-o", str(tmp_path)], catch_exceptions=False)
+    out = run(app, ["export", "vision", str(mini), "-o", str(tmp_path), "--fuse"], catch_exceptions=False)
     assert out.exit_code == 0
-    assert "fp32, opset 23; relative error" in out.stdout.replace("\n", " ")
+    assert "fp32, opset 23, 3 BiasGelu; relative error" in out.stdout.replace("\n", " ")
     with pytest.raises(GarserveError, match="calibration: only int8"):
         run(app, ["export", "vision", "tiny", "-o", str(tmp_path), "--calibrate", str(PHOTOS)], catch_exceptions=False)
     with pytest.raises(GarserveError, match="expected a folder with images"):
