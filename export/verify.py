@@ -58,8 +58,11 @@ def verify(folder: Path, checkpoint: Checkpoint, *, providers: list[str] | None 
             raise OnnxError(
                 f"{folder / kind}.onnx: exported from another checkpoint: expected {fingerprint}, got {info.checkpoint}"
             )
-        yield from _until_failed(_structure(folder / f"{kind}.onnx", info, checkpoint))
-        for name in providers or _present(kind):
+        sound = True
+        for one in _until_failed(_structure(folder / f"{kind}.onnx", info, checkpoint)):
+            sound = one.passed
+            yield one
+        for name in (providers or _present(kind)) if sound else ():
             check = _vision_values if kind == VISION else _replay_values
             yield from _until_failed(check(folder, info, encoder, name))
 

@@ -94,7 +94,11 @@ class OnnxVision:
         binding.bind_output("features", *place, FLOAT, list(out.shape), out.data_ptr())
         if self.device.type == "cuda":
             torch.cuda.current_stream().synchronize()  # the session has a stream of its own
-        self.session.run_with_iobinding(binding)
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as error:  # pybind's classes of ONNX Runtime's error codes
+            first = str(error).strip().splitlines()[0]
+            raise OnnxError(f"vision model on {self.provider}: {len(tiles)} tiles failed ({first:.300})") from None
         binding.synchronize_outputs()
         return out
 
