@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from garserve.errors import CheckpointError as CheckpointError
     from garserve.errors import GarserveError as GarserveError
     from garserve.errors import InputError as InputError
+    from garserve.errors import OnnxError as OnnxError
+    from garserve.inputs.encoded import EncodedImage as EncodedImage
     from garserve.inputs.regions import Region as Region
     from garserve.inputs.request import RegionRequest as RegionRequest
 
@@ -29,7 +31,9 @@ _HOMES = {
     "load": "engine",
     "CheckpointError": "errors",
     "GarserveError": "errors",
+    "EncodedImage": "inputs.encoded",
     "InputError": "errors",
+    "OnnxError": "errors",
     "Region": "inputs.regions",
     "RegionRequest": "inputs.request",
 }

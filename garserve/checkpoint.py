@@ -170,12 +170,13 @@ class Checkpoint:
         opened._account()
         return opened
 
-    def tensors(self) -> "Iterator[tuple[str, torch.Tensor]]":
-        """Yield every tensor with its name in the file, reading one at a time."""
+    def tensors(self, prefixes: tuple[str, ...] = ("",)) -> "Iterator[tuple[str, torch.Tensor]]":
+        """Yield every tensor whose name in the file has one of the prefixes, reading one at a time."""
         for path in sorted(set(self.files.values())):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
-                    yield name, file.get_tensor(name)
+                    if name.startswith(prefixes):
+                        yield name, file.get_tensor(name)
 
     def module_state(self) -> "dict[str, torch.Tensor]":
         """Return all weights under the names of garserve's modules, the tied head left out."""

@@ -13,7 +13,9 @@ from rich.markup import escape
 from garserve import __version__
 from garserve.checkpoint import TINY
 from garserve.cli_doctor import doctor
+from garserve.cli_encode import encode
 from garserve.cli_eval import evaluations
+from garserve.cli_export import exports
 from garserve.cli_options import (
     AskOption,
     Backend,
@@ -35,6 +37,8 @@ from garserve.cli_options import (
     ScribbleOption,
     TileCacheOption,
     VerboseOption,
+    VisionBackendOption,
+    VisionModelOption,
     WidthOption,
     XywhOption,
     parse_regions,
@@ -48,7 +52,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 app.add_typer(evaluations, name="eval")
+app.add_typer(exports, name="export")
 app.command()(doctor)
+app.command()(encode)
 
 
 @app.callback(invoke_without_command=True)
@@ -100,6 +106,8 @@ def describe(
     max_num_tiles: MaxTilesOption = None,
     box_scale: BoxScaleOption = None,
     backend: Backend = "vllm",
+    vision_backend: VisionBackendOption = None,
+    vision_model: VisionModelOption = None,
     engine_option: EngineOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
@@ -120,7 +128,8 @@ def describe(
         RegionRequest(pixels, regions, ask).check(prompt_count=len(regions))
     if image_out is not None:
         check_target(image_out)
-    choices = {"max_num_tiles": max_num_tiles, "box_scale": box_scale}
+    choices: dict[str, Any] = {"max_num_tiles": max_num_tiles, "box_scale": box_scale}
+    choices |= {"vision_backend": vision_backend, "vision_model": vision_model}
     with open_engine(checkpoint, backend, engine_option, verbose, **choices) as engine:
         if ask is None:
             with status_console.status(f"Describing {len(regions)} regions ..."):
@@ -148,6 +157,8 @@ def batch(
     box_scale: BoxScaleOption = None,
     tile_cache_gb: TileCacheOption = None,
     backend: Backend = "vllm",
+    vision_backend: VisionBackendOption = None,
+    vision_model: VisionModelOption = None,
     engine_option: EngineOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
@@ -163,7 +174,8 @@ def batch(
     from garserve.batch.job import Totals, check_paths, count_lines, run_batch
 
     check_paths(input_file, output)
-    choices = {"max_num_tiles": max_num_tiles, "box_scale": box_scale, "tile_cache_gb": tile_cache_gb}
+    choices: dict[str, Any] = {"max_num_tiles": max_num_tiles, "box_scale": box_scale, "tile_cache_gb": tile_cache_gb}
+    choices |= {"vision_backend": vision_backend, "vision_model": vision_model}
     with open_engine(checkpoint, backend, engine_option, verbose, **choices) as engine:
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
         with Progress(*columns, console=status_console) as progress:
@@ -189,13 +201,15 @@ def batch(
 def demo(
     folder: Annotated[Path, typer.Option("--output", "-o", help="Where the picture goes.")] = Path("demo-out"),
     backend: Backend = "vllm",
+    vision_backend: VisionBackendOption = None,
+    vision_model: VisionModelOption = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Describe three regions of a photograph, and relate two of them; both picture and model come with garserve."""
     from garserve.demo import run_demo
 
     rows = []
-    with open_engine(TINY, backend, None, verbose) as engine:
+    with open_engine(TINY, backend, None, verbose, vision_backend=vision_backend, vision_model=vision_model) as engine:
         for name, answer in run_demo(engine, folder / "regions.png"):
             rows.append(_row(answer, name))
     _show(rows, as_json=False)

@@ -16,6 +16,8 @@ from garserve.cli_options import (
     LimitOption,
     TileCacheOption,
     VerboseOption,
+    VisionBackendOption,
+    VisionModelOption,
 )
 from garserve.cli_shared import console, open_engine, status_console
 from garserve.errors import RequestError
@@ -51,6 +53,8 @@ def tiny(
         Path | None, typer.Option(help="Write every question and answer here, one JSON object a line.")
     ] = None,
     backend: Backend = "vllm",
+    vision_backend: VisionBackendOption = None,
+    vision_model: VisionModelOption = None,
     tile_cache_gb: TileCacheOption = None,
     engine_option: EngineOption = None,
     as_json: JsonOption = False,
@@ -70,8 +74,9 @@ def tiny(
     if answers is not None:
         check_target(answers)
     questions = read_questions(data or PACKAGED, limit)
+    choices = {"tile_cache_gb": tile_cache_gb, "vision_backend": vision_backend, "vision_model": vision_model}
     with (
-        open_engine(checkpoint, backend, engine_option, verbose, tile_cache_gb=tile_cache_gb) as engine,
+        open_engine(checkpoint, backend, engine_option, verbose, **choices) as engine,
         Progress(*_COLUMNS, console=status_console) as progress,
     ):
         task = progress.add_task("questions", total=len(questions) * (1 + len(parts)))

@@ -32,6 +32,19 @@ TileCacheOption = Annotated[
     float | None,
     typer.Option(min=0, help="Memory for features of tiles that were computed, in GB (default: the backend's own)."),
 ]
+VisionBackendOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="torch|onnx[:PROVIDER]",
+        help="What computes tiles: torch (the default), or the exported tower in ONNX Runtime.",
+    ),
+]
+VisionModelOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of [bold]garserve export vision[/] (default: a float32 export, made on first use and kept).",
+    ),
+]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="Ask only so many questions, evenly taken.")]
 EngineOption = Annotated[
     list[str] | None,

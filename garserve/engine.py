@@ -5,17 +5,21 @@ import queue
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from garserve.checkpoint import TINY, Checkpoint
 from garserve.config import BoxScale
 from garserve.errors import GarserveError, InputError, RequestError
+from garserve.export.choice import choose_vision, open_vision
 from garserve.generation import OnReport, Progress, Report, Sampling
+from garserve.inputs.encoded import EncodedImage
 from garserve.inputs.images import ImageSource, load_image
 from garserve.inputs.processor import PreparedRequest, Processor
 from garserve.inputs.prompts import stop_token_id
 from garserve.inputs.request import RegionRequest, Turn
+from garserve.model.fingerprint import vision_fingerprint
 
 if TYPE_CHECKING:
     from garserve.model.tile_cache import TileCounts
@@ -64,6 +68,8 @@ def load(
     *,
     max_num_tiles: int | None = None,
     box_scale: BoxScale | None = None,
+    vision_backend: str | None = None,
+    vision_model: str | Path | None = None,
     **engine_options: Any,
 ) -> "Engine":
     """Load a GAR checkpoint (a folder, or a Hugging Face repo id) and return an engine for it.
@@ -71,21 +77,27 @@ def load(
     Without one, the tiny checkpoint that comes with garserve is loaded: it tells colour, size, place, shape and
     surface of regions, and how two of them lie (MODEL_CARD.md).
 
-    `max_num_tiles` (1 to 36) and `box_scale` override the checkpoint's own. `engine_options` go to the backend: for
-    "vllm" its EngineArgs, `separate_process` and `verbose`; for "reference" `dtype` and `batch_size`; for both
-    `tile_cache_gb`, the memory that features of tiles are kept in (default 0.5 and 0).
-    Raises CheckpointError where the checkpoint is not a whole GAR model.
+    `max_num_tiles` (1 to 36) and `box_scale` override the checkpoint's own. `vision_backend` is what computes tiles:
+    "torch" (the default), or "onnx" or "onnx:PROVIDER" for the tower in ONNX Runtime; `vision_model` is the folder of
+    `garserve export vision` that it takes, by default a float32 export that is made once and kept.
+
+    `engine_options` go to the backend: for "vllm" its EngineArgs, `separate_process` and `verbose`; for "reference"
+    `dtype` and `batch_size`; for both `tile_cache_gb`, the memory for features of tiles (default 0.5 and 0).
+    Raises CheckpointError where the checkpoint is not a whole GAR model, OnnxError where the exported tower
+    cannot be used, or is another checkpoint's.
     """
     if box_scale not in (None, *get_args(BoxScale)):
         raise RequestError(f"box_scale: expected {' or '.join(get_args(BoxScale))}, got {box_scale!r:.80}")
     opened = Checkpoint.open(checkpoint)
     if box_scale is not None:
         opened = replace(opened, config=opened.config.with_box_scale(box_scale))
-    processor = Processor(opened.folder, opened.config, max_num_tiles=max_num_tiles)
+    fingerprint = cache(partial(vision_fingerprint, opened))
+    processor = Processor(opened.folder, opened.config, max_num_tiles=max_num_tiles, fingerprint=fingerprint)
+    vision = choose_vision(opened, vision_backend, vision_model)
     if backend == "vllm":
         from garserve.vllm_plugin.backend import VLLMBackend
 
-        return Engine(VLLMBackend(opened, max_num_tiles=max_num_tiles, **engine_options), processor)
+        return Engine(VLLMBackend(opened, max_num_tiles=max_num_tiles, vision=vision, **engine_options), processor)
     if backend == "reference":
         from garserve.model.reference_backend import ReferenceBackend
 
@@ -94,7 +106,8 @@ def load(
             raise RequestError(
                 f"engine option {unknown[0]!r} is none of the reference's (dtype, batch_size, tile_cache_gb)"
             )
-        return Engine(ReferenceBackend(opened, **engine_options), processor)
+        session = None if vision is None else open_vision(opened, vision)
+        return Engine(ReferenceBackend(opened, vision=session, **engine_options), processor)
     raise RequestError(f"backend: expected 'vllm' or 'reference', got {backend!r}")
 
 
@@ -111,24 +124,28 @@ class Engine:
         """What became of the tiles so far: how many were asked for, computed, and found computed before."""
         return self.backend.tile_counts()
 
-    def describe(self, image: ImageSource, regions: Sequence[Any], **options: Any) -> list[Answer]:
+    def describe(self, image: ImageSource | EncodedImage, regions: Sequence[Any], **options: Any) -> list[Answer]:
         """Describe each region by itself, in the authors' single-region form; the image is read and tiled once.
 
-        `regions` are Region objects or what Region.parse takes; `options` are fields of RegionRequest.
+        `regions` are Region objects or what Region.parse takes; `options` are fields of RegionRequest. An EncodedImage
+        is described as it is, and holds one region.
         """
+        if isinstance(image, EncodedImage):
+            return list(self.describe_many([RegionRequest(image, regions, **options)]))
         given = RegionRequest(load_image(image), regions, **options)
         singles = [replace(given, regions=[region]) for region in given.parsed_regions()]
         return list(self.describe_many(singles))
 
-    def ask(self, image: ImageSource, regions: Sequence[Any], question: str, **options: Any) -> Answer:
+    def ask(self, image: ImageSource | EncodedImage, regions: Sequence[Any], question: str, **options: Any) -> Answer:
         """Answer a question in which `<Prompt0>`, `<Prompt1>`, … name the regions in their order."""
         return next(self.describe_many([RegionRequest(image, regions, question, **options)]))
 
-    def chat(self, image: ImageSource, regions: Sequence[Any], **options: Any) -> "Chat":
+    def chat(self, image: ImageSource | EncodedImage, regions: Sequence[Any], **options: Any) -> "Chat":
         """Start a conversation about the regions of one image; its first question is what is said first."""
         if "question" in options or "turns" in options:
             raise RequestError("chat: takes no question or turns; say them")
-        return Chat(self, RegionRequest(load_image(image), regions, **options))
+        held = image if isinstance(image, EncodedImage) else load_image(image)
+        return Chat(self, RegionRequest(held, regions, **options))
 
     def describe_many(self, requests: Iterable[RegionRequest], *, in_flight: int = 32) -> Iterator[Answer]:
         """Answer requests in their order, at most `in_flight` at a time; an unusable request raises its error."""

@@ -23,3 +23,7 @@ class RequestError(InputError):
 
 class CheckpointError(GarserveError):
     """A checkpoint folder whose files are missing, unsafe, or not those of a GAR model."""
+
+
+class OnnxError(GarserveError):
+    """An exported model that is missing, damaged or of another checkpoint, or that cannot run here as asked."""

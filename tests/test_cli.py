@@ -121,7 +121,7 @@ def test_help_is_quick_and_names_every_command() -> None:
         check=True,
         cwd=ROOT,
     )
-    for name in ("describe", "batch", "doctor", "demo", "eval"):
+    for name in ("describe", "batch", "doctor", "demo", "eval", "export", "encode"):
         assert name in done.stdout
     assert "| torch\n" not in done.stderr
 

@@ -34,6 +34,8 @@ FLOORS = {
     "garserve.cli_shared": 7,
     "garserve.cli_eval": 8,
     "garserve.cli_doctor": 8,
+    "garserve.cli_encode": 8,
+    "garserve.cli_export": 8,
     "garserve.cli": 9,
     "garserve.__main__": 10,
 }

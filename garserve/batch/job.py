@@ -85,7 +85,7 @@ def _row(line: Line, outcome: Answer | GarserveError, totals: Totals) -> dict[st
         totals.errors += 1
         return {"id": line.id, "line": line.number, "error": str(outcome)}
     if isinstance(line.request, RegionRequest):
-        totals.regions += len(line.request.regions)
+        totals.regions += line.request.region_count
     totals.prompt_tokens += outcome.prompt_tokens
     totals.cached_tokens += outcome.cached_tokens
     totals.answer_tokens += len(outcome.token_ids)

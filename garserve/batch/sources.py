@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from garserve.errors import InputError, RequestError
+from garserve.inputs.encoded import SUFFIX, EncodedImage
 from garserve.inputs.regions import Region
 from garserve.inputs.request import RegionRequest
 
@@ -17,7 +18,8 @@ from garserve.inputs.request import RegionRequest
 class RequestLine(BaseModel):
     """One line of a requests file. Other keys (answers, labels of a data set) are left alone, but not misspelt ones.
 
-    `image` is a path, relative to the file, or a data URL. `regions` are as Region.parse takes them. With `choices`
+    `image` is a path, relative to the file, or a data URL; a path to a file of `garserve encode` stands for its image
+    and its regions, and `regions` is empty then. `regions` are as Region.parse takes them. With `choices`
     the question is asked as the authors' evaluation asks it.
     """
 
@@ -46,7 +48,9 @@ class RequestLine(BaseModel):
 
     def request(self, folder: Path, max_tokens: int) -> RegionRequest:
         """Return the line as a request; a relative image or mask path is taken from `folder`."""
-        image: str | Path = self.image if self.image.startswith("data:") else folder / self.image
+        image: str | Path | EncodedImage = self.image if self.image.startswith("data:") else folder / self.image
+        if isinstance(image, Path) and image.suffix == SUFFIX:
+            image = EncodedImage.load(image)
         return RegionRequest(
             image=image,
             regions=[Region.parse(_located(region, folder)) for region in self.regions],

@@ -86,7 +86,7 @@ class Case:
         if not self.raw:
             return tuned(request)
         request.check(processor.config.prompt_count)
-        image = load_image(request.image)
+        image = load_image(self.folder / self.data["image"]["file"])
         masks = draw_masks(request.parsed_regions(), *image.shape[:2])
         return tuned.prepare(request, image, masks, [tuple(region["bbox"]) for region in self.data["regions"]])
 

@@ -36,6 +36,8 @@ def without(part: Part, engine: Engine) -> Iterator[Engine]:
         finally:
             del encoder.encode
         return
+    if encoder.vision is not None:
+        raise RequestError("ablation: the mask embedding can be taken out of the torch tower only")
     weight = encoder.tower.mask_patch_embedding.weight
     kept = weight.detach().clone()
     try:

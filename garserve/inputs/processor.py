@@ -1,7 +1,7 @@
 """A request made ready for a model: token ids, and for each run of placeholders the tiles that it is computed from."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from garserve.config import BoxScale, GARConfig
 from garserve.errors import InputError, RequestError
+from garserve.inputs.encoded import EncodedImage
 from garserve.inputs.images import load_image
 from garserve.inputs.prompts import Span, assemble
 from garserve.inputs.regions import Region, normalised_box
@@ -39,6 +40,7 @@ class Item:
     keys: tuple[bytes, ...]  # one per tile, over its pixels and its mask
     roi: RoI | None
     hash: str
+    rows: torch.Tensor | None = None  # [tokens, C] where they were computed elsewhere; there are no tiles then
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,18 @@ class Processor:
     """Turns requests into PreparedRequests for one checkpoint; safe to use from several threads."""
 
     def __init__(
-        self, folder: Path, config: GARConfig, *, max_num_tiles: int | None = None, kept_images: int = 8
+        self,
+        folder: Path,
+        config: GARConfig,
+        *,
+        max_num_tiles: int | None = None,
+        kept_images: int = 8,
+        fingerprint: Callable[[], str] | None = None,
     ) -> None:
-        """Read the tokenizer; `kept_images` most recent images stay tiled, so that their next request is cheap."""
+        """Read the tokenizer; `kept_images` most recent images stay tiled, so that their next request is cheap.
+
+        `fingerprint` tells that of the checkpoint's vision half when an encoded image is to be held against it.
+        """
         if max_num_tiles is not None and not 1 <= max_num_tiles <= 36:
             raise RequestError(f"max_num_tiles: expected 1 to 36, got {max_num_tiles}")
         self.config = config
@@ -71,6 +82,7 @@ class Processor:
         self.tokenizer = GARTokenizer(folder / "tokenizer.json", config)
         self._kept: OrderedDict[bytes, _Pixels] = OrderedDict()
         self._kept_images = kept_images
+        self._fingerprint = fingerprint
         self._lock = Lock()
 
     def variant(self, *, max_num_tiles: int | None = None, box_scale: BoxScale | None = None) -> "Processor":
@@ -87,6 +99,9 @@ class Processor:
 
         Raises an InputError that names the field where anything about the request cannot be used.
         """
+        if isinstance(request.image, EncodedImage):
+            request.check(self.config.prompt_count)
+            return self._encoded(request, request.image)
         regions = request.parsed_regions()
         request.check(self.config.prompt_count)
         image = load_image(request.image)
@@ -101,6 +116,34 @@ class Processor:
         items = self.items(image, masks, [boxes[position] for position in listed])
         prompt = assemble(request, len(items[0].tiles), self.tokenizer, self.config)
         return PreparedRequest(prompt.token_ids, items, [prompt.image_span, *prompt.region_spans], list(boxes))
+
+    def all_items(self, request: RegionRequest) -> list[Item]:
+        """Return the image's item and one for every region, whichever of them the request lists. Raises InputError."""
+        if isinstance(request.image, EncodedImage):
+            raise RequestError("image: is encoded already")
+        regions = request.parsed_regions()
+        request.check(self.config.prompt_count)
+        image = load_image(request.image)
+        masks = draw_masks(regions, image.shape[0], image.shape[1])
+        return self.items(image, masks, [normalised_box(mask) for mask in masks])
+
+    def _encoded(self, request: RegionRequest, encoded: EncodedImage) -> PreparedRequest:
+        """Lay out a request whose embeddings are at hand; their values name the items."""
+        if self._fingerprint is None:
+            raise RequestError("image: encoded images are taken by an engine of garserve.load only")
+        encoded.check(self.config, self._fingerprint())
+        items = [self._rows_item(rows) for rows in (encoded.image, *(encoded.regions[k] for k in request.listed()))]
+        tiles = len(encoded.image) // self.config.tokens_per_tile
+        prompt = assemble(request, tiles, self.tokenizer, self.config)
+        return PreparedRequest(prompt.token_ids, items, [prompt.image_span, *prompt.region_spans], [])
+
+    def _rows_item(self, rows: torch.Tensor) -> Item:
+        side = self.config.tile_size
+        none = torch.empty(0, 3, side, side, dtype=torch.uint8), torch.empty(0, side, -(-side // 8), dtype=torch.uint8)
+        rows = rows.contiguous()
+        digest = blake3(f"rows {rows.dtype} {list(rows.shape)}".encode())
+        digest.update(rows.flatten().view(torch.uint8).numpy().data)
+        return Item(*none, (), None, digest.hexdigest(32), rows.to(getattr(torch, self.config.dtype)))
 
     def items(self, image: NDArray[np.uint8], masks: Sequence[Mask], boxes: Sequence[Box]) -> list[Item]:
         """Return the image's item, marked with the union of all masks, and one region item for each box."""

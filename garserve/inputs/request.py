@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from garserve.errors import RequestError
+from garserve.inputs.encoded import EncodedImage
 from garserve.inputs.images import ImageSource
 from garserve.inputs.regions import Region
 from garserve.inputs.tokenizer import PROMPT_NAME
@@ -33,10 +34,12 @@ class RegionRequest:
     A question that names a region which the prompt does not list is refused, unless `check_names` is false: then the
     model is asked, and may say so itself.
 
+    An EncodedImage holds its regions already; `regions` is empty then, and all else as before.
+
     Tokens are the most probable ones at `temperature` 0; `max_tokens` bounds the answer.
     """
 
-    image: ImageSource
+    image: ImageSource | EncodedImage
     regions: Sequence[Any]  # Region, or what Region.parse takes
     question: str | None = None
     system: str | None = None
@@ -48,6 +51,11 @@ class RegionRequest:
     turns: Sequence[Turn] = field(default_factory=tuple)
     id: str | None = None
     check_names: bool = True
+
+    @property
+    def region_count(self) -> int:
+        """How many regions there are."""
+        return len(self.image.regions) if isinstance(self.image, EncodedImage) else len(self.regions)
 
     def parsed_regions(self) -> list[Region]:
         """Return the regions as Region objects; RequestError where there is none."""
@@ -62,7 +70,9 @@ class RegionRequest:
 
         Raises RequestError naming the field, what was expected and what came.
         """
-        count = len(self.regions)
+        if isinstance(self.image, EncodedImage) and len(self.regions):
+            raise RequestError(f"regions: an encoded image holds its own; expected none, got {len(self.regions)}")
+        count = self.region_count
         if count > prompt_count:
             raise RequestError(f"regions: this checkpoint takes at most {prompt_count} regions at once, got {count}")
         if self.question is None:
@@ -79,7 +89,7 @@ class RegionRequest:
 
     def listed(self) -> list[int]:
         """Return the positions in `regions` that the prompt lists; they are also the numbers K of their `<PromptK>`."""
-        return list(self.focus) if self.focus is not None else list(range(len(self.regions)))
+        return list(self.focus) if self.focus is not None else list(range(self.region_count))
 
     def _check_sampling(self) -> None:
         if type(self.max_tokens) is not int or not 1 <= self.max_tokens <= _LONGEST:

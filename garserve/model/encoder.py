@@ -1,6 +1,6 @@
 """From items (tiles, masks, boxes) to the embeddings that stand at their placeholders."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -11,6 +11,9 @@ from garserve.model.patch_tokens import normalise, patch_tokens, unpack
 from garserve.model.replay import ReplayPlan
 from garserve.model.tile_cache import Placement, TileCache
 from garserve.model.vision import Projector, VisionTower
+
+# Computes uint8 tiles [T, 3, S, S] with masks of bits [T, S, ceil(S/8)] to features [T, n², C], any float dtype.
+TileFeatures = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class RegionEncoder(nn.Module):
@@ -28,6 +31,7 @@ class RegionEncoder(nn.Module):
         self.projector = Projector(config)
         self.tiles_at_once = tiles_at_once
         self.tile_cache = TileCache(tile_cache_gb)
+        self.vision: TileFeatures | None = None  # takes the place of tower and projector where there is one
 
     @torch.inference_mode()
     def encode(self, items: Sequence[Item]) -> list[torch.Tensor]:
@@ -39,13 +43,15 @@ class RegionEncoder(nn.Module):
             return []
         placement, positions = self._place(items)
         features, slots, tokens = placement.features, placement.slots, self.config.tokens_per_tile
-        counts = [tokens if item.roi else tokens * len(item.tiles) for item in items]
+        counts = [_row_count(item, tokens) for item in items]
         out = features.new_empty(sum(counts), features.shape[2])
         views = list(out.split(counts))
         plan, row = ReplayPlan(), 0
         for item, count, view in zip(items, counts, views, strict=True):
             own = [slots[positions[key]] for key in item.keys]
-            if item.roi:
+            if item.rows is not None:
+                view.copy_(item.rows)
+            elif item.roi:
                 plan.add(item.roi, own, row)
             else:
                 torch.index_select(features, 0, _indices(own, features), out=view.unflatten(0, (-1, tokens)))
@@ -81,11 +87,16 @@ class RegionEncoder(nn.Module):
 
     def features(self, tiles: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         """Compute uint8 tiles [T, 3, S, S] with packed masks [T, S, ceil(S/8)] to features [T, n², C]."""
+        compute = self.vision or self._run_tower
         parts = [
-            self.projector(self.tower.run(patch_tokens(self.tower, self.config, some, bits)))
+            compute(some, bits)
             for some, bits in zip(tiles.split(self.tiles_at_once), masks.split(self.tiles_at_once), strict=True)
         ]
-        return torch.cat(parts)
+        return torch.cat(parts).to(self.projector.linear_2.weight)
+
+    def _run_tower(self, tiles: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        projected: torch.Tensor = self.projector(self.tower.run(patch_tokens(self.tower, self.config, tiles, masks)))
+        return projected
 
     def normalise(self, tiles: torch.Tensor) -> torch.Tensor:
         """Turn uint8 tiles [T, 3, S, S] into what the tower's convolution reads."""
@@ -96,6 +107,12 @@ class RegionEncoder(nn.Module):
         """Unpack mask bits to 0 and 1 in the tower's dtype: [T, S, S]."""
         weight = self.projector.linear_1.weight
         return unpack(masks.to(weight.device), self.config.tile_size).to(weight.dtype)
+
+
+def _row_count(item: Item, tokens: int) -> int:
+    if item.rows is not None:
+        return len(item.rows)
+    return tokens if item.roi else tokens * len(item.tiles)
 
 
 def _indices(slots: Sequence[int], like: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from garserve.checkpoint import Checkpoint
 from garserve.errors import GarserveError, RequestError
 from garserve.generation import OnReport, Progress, Sampling, deliver
 from garserve.inputs.processor import PreparedRequest
+from garserve.model.encoder import TileFeatures
 from garserve.model.reference import ReferenceGAR
 from garserve.model.tile_cache import TileCounts
 
@@ -22,11 +23,18 @@ class ReferenceBackend:
     name = "reference"
 
     def __init__(
-        self, checkpoint: Checkpoint, *, dtype: str = "float32", batch_size: int = 4, tile_cache_gb: float = 0.0
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: str = "float32",
+        batch_size: int = 4,
+        tile_cache_gb: float = 0.0,
+        vision: TileFeatures | None = None,
     ) -> None:
         """Load the weights in `dtype` and start the thread; at most `batch_size` requests are decoded together.
 
         `tile_cache_gb` (10⁹ bytes) is kept for features of tiles; 0 computes them anew for every request.
+        `vision` computes tiles in the place of the tower.
         """
         try:
             torch_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
@@ -35,6 +43,7 @@ class ReferenceBackend:
         if type(batch_size) is not int or batch_size < 1:
             raise RequestError(f"batch_size: expected at least 1, got {batch_size!r:.80}")
         self.model = ReferenceGAR.load(checkpoint, torch_dtype, tile_cache_gb=tile_cache_gb)
+        self.model.encoder.vision = vision
         self._batch_size = batch_size
         self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._closed = False

@@ -25,21 +25,25 @@ def engine_arguments(
     *,
     in_process: bool = True,
     tile_cache_gb: float = DEFAULT_GB,
+    vision: tuple[Path, str | None] | None = None,
 ) -> dict[str, Any]:
     """Return the arguments of vLLM's EngineArgs: garserve's choices, and over them whatever `options` says.
+
+    `vision` is an exported tower with the execution provider to run it on.
 
     Raises RequestError for an option that this vLLM does not have.
     """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
 
+    exported = {} if vision is None else {"vision_model": str(vision[0]), "vision_provider": vision[1]}
     chosen: dict[str, Any] = {
         "model": str(folder),
         "dtype": config.dtype,
         "use_tqdm_on_load": False,
         "disable_log_stats": True,
         "enable_prefix_caching": True,
-        "hf_overrides": {"replay_box_scale": config.replay_box_scale, "tile_cache_gb": tile_cache_gb},
+        "hf_overrides": {"replay_box_scale": config.replay_box_scale, "tile_cache_gb": tile_cache_gb, **exported},
         "worker_extension_cls": "garserve.vllm_plugin.worker.WorkerExtension",
     }
     if in_process:

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 from garserve.checkpoint import Checkpoint
@@ -29,13 +30,15 @@ class VLLMBackend:
         tile_cache_gb: float = DEFAULT_GB,
         separate_process: bool = False,
         verbose: bool = False,
+        vision: tuple[Path, str | None] | None = None,
         **options: Any,
     ) -> None:
         """Start an engine; `options` are vLLM's EngineArgs (`max_model_len`, `gpu_memory_utilization`, …).
 
         `tile_cache_gb` (10⁹ bytes, on each rank) is kept for features of tiles; 0 computes them anew in every step.
         `separate_process` runs the engine core in a process of its own: preparation and decoding then never wait
-        for each other's interpreter lock, at the price of a second start.
+        for each other's interpreter lock, at the price of a second start. `vision` is an exported tower and the
+        execution provider to run it on, in the place of the checkpoint's own.
         """
         if not separate_process:
             self._claim_process()
@@ -52,6 +55,7 @@ class VLLMBackend:
                 options,
                 in_process=not separate_process,
                 tile_cache_gb=TileCache(tile_cache_gb).gigabytes,
+                vision=vision,
             )
             self.driver = EngineDriver(arguments, separate_process=separate_process)
         except GarserveError:

@@ -1,6 +1,7 @@
 """GAR as a vLLM model: our encoder in front of vLLM's own Llama."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -10,9 +11,11 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, i
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
-from garserve.checkpoint import MODULE_PREFIXES, resolve
+from garserve.checkpoint import MODULE_PREFIXES, Checkpoint, resolve
 from garserve.config import read_config
 from garserve.model.encoder import RegionEncoder
+from garserve.model.fingerprint import vision_fingerprint
+from garserve.model.onnx_vision import OnnxVision
 from garserve.vllm_plugin.multimodal import (
     IMAGE_TOKEN,
     GARDummyInputs,
@@ -46,6 +49,13 @@ class GARForRegions(nn.Module, SupportsMultiModal, SupportsPP):
             # One pass through the tower is never larger than the image that vLLM profiles its memory with.
             most = engine_max_num_tiles(vllm_config.model_config) or self.gar_config.max_num_tiles
             self.encoder = RegionEncoder(self.gar_config, tiles_at_once=1 + most, tile_cache_gb=hf_config.tile_cache_gb)
+            if hf_config.vision_model is not None:
+                opened = Checkpoint.open(vllm_config.model_config.model)
+                self.encoder.vision = OnnxVision(
+                    Path(hf_config.vision_model),
+                    provider=hf_config.vision_provider,
+                    fingerprint=vision_fingerprint(opened),
+                )
         with self._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config,
@@ -63,12 +73,17 @@ class GARForRegions(nn.Module, SupportsMultiModal, SupportsPP):
         keys: torch.Tensor | None = None,
         plan: torch.Tensor | None = None,
         box: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
+        row_bytes: torch.Tensor | None = None,
         **_: object,
     ) -> list[torch.Tensor]:
         """Embed all image and region items of a step: one tensor [tokens, C] each, in their order."""
         if tiles is None or masks is None or keys is None or plan is None or box is None:
             return []
-        return self.encoder.encode(items_from_kwargs(tiles, masks, keys, plan, box))
+        if rows is None or row_bytes is None:
+            return []
+        width, dtype = self.gar_config.hidden_size, getattr(torch, self.gar_config.dtype)
+        return self.encoder.encode(items_from_kwargs(tiles, masks, keys, plan, box, rows, row_bytes, width, dtype))
 
     def forward(
         self,

@@ -79,14 +79,18 @@ def _to_kwargs(item: Item) -> MultiModalKwargsItem:
     window = roi.window if roi else Window(0, 0, 0, 0)
     grid = roi.grid if roi else (0, 0)
     plan = torch.tensor([count, *grid, window.top, window.bottom, window.left, window.right])
+    # As bytes, so that items without rows can stand beside them, whatever their width and dtype.
+    rows = item.tiles.new_empty(0) if item.rows is None else item.rows.contiguous().flatten().view(torch.uint8)
     box = torch.tensor(roi.box if roi else (0.0, 0.0, 0.0, 0.0), dtype=torch.float32)
-    keys = torch.frombuffer(bytearray(b"".join(item.keys)), dtype=torch.uint8).reshape(count, KEY_BYTES)
+    keys = torch.tensor(list(b"".join(item.keys)), dtype=torch.uint8).reshape(count, KEY_BYTES)
     whole = [slice(0, count)]
     return MultiModalKwargsItem(
         {
             "tiles": MultiModalFieldElem(item.tiles, MultiModalFlatField(slices=whole)),
             "masks": MultiModalFieldElem(item.masks, MultiModalFlatField(slices=whole)),
             "keys": MultiModalFieldElem(keys, MultiModalFlatField(slices=whole, keep_on_cpu=True)),
+            "rows": MultiModalFieldElem(rows, MultiModalFlatField(slices=[slice(0, len(rows))])),
+            "row_bytes": MultiModalFieldElem(torch.tensor(len(rows)), MultiModalBatchedField(keep_on_cpu=True)),
             "plan": MultiModalFieldElem(plan, MultiModalBatchedField(keep_on_cpu=True)),
             "box": MultiModalFieldElem(box, MultiModalBatchedField(keep_on_cpu=True)),
         }
@@ -94,15 +98,24 @@ def _to_kwargs(item: Item) -> MultiModalKwargsItem:
 
 
 def items_from_kwargs(
-    tiles: torch.Tensor, masks: torch.Tensor, keys: torch.Tensor, plan: torch.Tensor, box: torch.Tensor
+    tiles: torch.Tensor,
+    masks: torch.Tensor,
+    keys: torch.Tensor,
+    plan: torch.Tensor,
+    box: torch.Tensor,
+    rows: torch.Tensor,
+    row_bytes: torch.Tensor,
+    row_width: int,
+    row_dtype: torch.dtype,
 ) -> list[Item]:
     """Take batched kwargs apart again: the inverse of `engine_input` for all items of a step.
 
-    `tiles` [sum T, 3, S, S] and `masks` [sum T, S, B] uint8, `keys` [sum T, 16] uint8, `plan` [N, 7], `box` [N, 4].
+    `tiles` [sum T, 3, S, S] and `masks` [sum T, S, B] uint8, `keys` [sum T, 16] uint8, `plan` [N, 7], `box` [N, 4],
+    `rows` uint8, the bytes of all rows [tokens, `row_width`] of `row_dtype`, and `row_bytes` [N].
     """
-    items, start = [], 0
+    items, start, begin = [], 0, 0
     key_bytes = keys.numpy().tobytes()
-    for row, corners in zip(plan.tolist(), box.tolist(), strict=True):
+    for row, corners, size in zip(plan.tolist(), box.tolist(), row_bytes.flatten().tolist(), strict=True):
         count, across, down, top, bottom, left, right = row
         stop = start + count
         own = tuple(key_bytes[i * KEY_BYTES : (i + 1) * KEY_BYTES] for i in range(start, stop))
@@ -110,8 +123,9 @@ def items_from_kwargs(
         if across:
             x1, y1, x2, y2 = corners
             roi = RoI((x1, y1, x2, y2), (across, down), Window(top, bottom, left, right))
-        items.append(Item(tiles[start:stop], masks[start:stop], own, roi, hash=""))
-        start = stop
+        given = rows[begin : begin + size].view(row_dtype).reshape(-1, row_width) if size else None
+        items.append(Item(tiles[start:stop], masks[start:stop], own, roi, hash="", rows=given))
+        start, begin = stop, begin + size
     return items
 
 

@@ -1,0 +1,65 @@
+"""Which vision half an engine uses: the checkpoint's own in torch, or an exported one in ONNX Runtime."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from garserve.checkpoint import Checkpoint
+from garserve.errors import RequestError
+from garserve.model.fingerprint import vision_fingerprint
+
+if TYPE_CHECKING:
+    from garserve.model.onnx_vision import OnnxVision
+
+Choice = tuple[Path, str | None]  # the model's file and the execution provider; None leaves it to the machine
+
+CACHE = "GARSERVE_CACHE"
+_LAYOUT = 1  # of the exported graph; another one makes new files
+
+
+def choose_vision(
+    checkpoint: Checkpoint, vision_backend: str | None = None, vision_model: str | Path | None = None
+) -> Choice | None:
+    """Return the exported model to use and its execution provider, checked; None for the tower in torch.
+
+    `vision_backend` is "torch", "onnx" or "onnx:PROVIDER"; None is "onnx" where a `vision_model` is named. Without a
+    `vision_model`, a float32 export is made on first use, and kept in `cache_folder()` for the next.
+    Raises RequestError for another name, OnnxError where model or provider cannot be used for this checkpoint.
+    """
+    name, _, provider = (vision_backend or ("torch" if vision_model is None else "onnx")).partition(":")
+    if name == "torch" and not provider:
+        if vision_model is not None:
+            raise RequestError("vision_model: expected vision_backend onnx, got torch")
+        return None
+    if name != "onnx" or (not provider and vision_backend is not None and ":" in vision_backend):
+        raise RequestError(f"vision_backend: expected torch, onnx or onnx:PROVIDER, got {vision_backend!r:.80}")
+    from garserve.model.onnx_file import model_path
+    from garserve.model.onnx_vision import check_model, find_provider
+
+    found = find_provider(provider or None)
+    fingerprint = vision_fingerprint(checkpoint)
+    path = Path(vision_model) if vision_model is not None else _kept_export(checkpoint, fingerprint)
+    check_model(path, fingerprint)
+    return model_path(path).resolve(), found
+
+
+def open_vision(checkpoint: Checkpoint, choice: Choice) -> "OnnxVision":
+    """Open a session on a chosen model. Raises OnnxError."""
+    from garserve.model.onnx_vision import OnnxVision
+
+    return OnnxVision(choice[0], provider=choice[1], fingerprint=vision_fingerprint(checkpoint))
+
+
+def cache_folder() -> Path:
+    """Return where exports are kept that were made on first use: $GARSERVE_CACHE, or garserve in the user's cache."""
+    user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get(CACHE) or Path(user) / "garserve").expanduser()
+
+
+def _kept_export(checkpoint: Checkpoint, fingerprint: str) -> Path:
+    from garserve.export.vision import export_vision
+
+    folder = cache_folder() / "vision" / f"{fingerprint}-fp32-{_LAYOUT}"
+    if not (folder / "vision.onnx").is_file():
+        export_vision(checkpoint, folder)
+    return folder

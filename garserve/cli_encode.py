@@ -1,0 +1,79 @@
+"""`garserve encode`: the vision half by itself (floor 8)."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from garserve.checkpoint import TINY
+from garserve.cli_options import (
+    BoxScaleOption,
+    CheckpointOption,
+    JsonOption,
+    MaxTilesOption,
+    TileCacheOption,
+    VisionBackendOption,
+    VisionModelOption,
+)
+from garserve.cli_shared import console, status_console
+
+
+def encode(
+    input_file: Annotated[
+        Path,
+        typer.Option("--input", "-i", exists=True, dir_okay=False, help="Requests, as [bold]garserve batch[/] takes."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the embeddings and their requests.jsonl.")],
+    checkpoint: CheckpointOption = TINY,
+    max_num_tiles: MaxTilesOption = None,
+    box_scale: BoxScaleOption = None,
+    tile_cache_gb: TileCacheOption = None,
+    vision_backend: VisionBackendOption = None,
+    vision_model: VisionModelOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compute images and regions to embeddings, without a decoder, for an engine elsewhere that takes them instead.
+
+    Writes a safetensors file for each image with its regions, and requests.jsonl, the same requests with these files
+    in the place of pixels: [bold]garserve batch -i FOLDER/requests.jsonl[/] answers them. Bad lines go to
+    errors.jsonl.
+    """
+    from garserve.batch.encode import Encoded, FileEncoder, check_folder, run_encode
+    from garserve.batch.job import count_lines
+    from garserve.checkpoint import Checkpoint
+    from garserve.export.choice import choose_vision, open_vision
+    from garserve.export.source import load_encoder
+    from garserve.inputs.processor import Processor
+    from garserve.model.fingerprint import vision_fingerprint
+    from garserve.model.tile_cache import DEFAULT_GB, TileCache
+
+    check_folder(input_file, output)
+    opened = Checkpoint.open(checkpoint)
+    config = opened.config if box_scale is None else opened.config.with_box_scale(box_scale)
+    processor = Processor(opened.folder, config, max_num_tiles=max_num_tiles)
+    choice = choose_vision(opened, vision_backend, vision_model)
+    with status_console.status(f"Loading {checkpoint} ..."):
+        encoder = load_encoder(opened)
+        encoder.vision = None if choice is None else open_vision(opened, choice)
+        encoder.tile_cache = TileCache(DEFAULT_GB if tile_cache_gb is None else tile_cache_gb)
+        files = FileEncoder(encoder, processor, vision_fingerprint(opened), output)
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=status_console) as progress:
+        task = progress.add_task("rows", total=count_lines(input_file))
+
+        def advance(done: Encoded) -> None:
+            progress.update(task, completed=done.rows, description=f"rows, {done.errors} errors")
+
+        done = run_encode(files, input_file, output, on_row=advance)
+    tiles = encoder.tile_cache.counts
+    if as_json:
+        counted = {"tiles": tiles.asked, "tiles_computed": tiles.computed}
+        typer.echo(json.dumps({"output": str(output), **vars(done), **counted}))
+    else:
+        console.print(
+            f"{done.rows} rows, {done.errors} of them errors, {done.files} files, {tiles.computed} of {tiles.asked} "
+            f"tiles computed: {escape(str(output))}"
+        )
