@@ -32,6 +32,7 @@ FLOORS = {
     "garserve.doctor": 6,
     "garserve.cli_options": 6,
     "garserve.cli_shared": 7,
+    "garserve.cli_batch": 8,
     "garserve.cli_eval": 8,
     "garserve.cli_doctor": 8,
     "garserve.cli": 9,
