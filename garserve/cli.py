@@ -40,6 +40,7 @@ from garserve.cli_options import (
     parse_regions,
     printable,
 )
+from garserve.cli_report import report
 from garserve.cli_shared import console, open_engine, status_console
 from garserve.errors import GarserveError
 
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 app.add_typer(evaluations, name="eval")
 app.command()(batch)
+app.command()(report)
 app.command()(doctor)
 
 

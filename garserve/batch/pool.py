@@ -19,7 +19,7 @@ from garserve.batch.worker import receive_parcel, send_bundle
 from garserve.errors import GarserveError
 
 COMMAND = (sys.executable, "-m", "garserve.batch.worker")
-_ATTEMPTS = 2  # a bundle that kills so many workers is given up
+_ATTEMPTS = 3  # a bundle that kills so many workers is given up
 _POLL_SECONDS = 0.5
 
 Prepared = tuple[Bundle, Parcel]

@@ -128,19 +128,23 @@ class Preparer:
         return _Drawn(position, request, draw_masks(request.parsed_regions(), image.shape[0], image.shape[1]))
 
     def _groups(self, drawn: list[_Drawn]) -> list[list[_Drawn]]:
-        """Put records that may share a prompt together, in their order, and the others each by itself."""
+        """Put records that may share a prompt together, each into the first group that takes it.
+
+        A group has one system prompt, since that comes before the image, and regions that do not overlap, since one
+        mask marks them all.
+        """
         size = min(self._how.group, self._processor.config.prompt_count) if drawn else 1
         groups: list[list[_Drawn]] = []
-        open_groups: dict[str | None, list[_Drawn]] = {}  # by system prompt, which comes before the image
+        open_groups: list[list[_Drawn]] = []
         for one in drawn:
-            if size == 1 or not _groupable(one.request):
-                groups.append([one])
-                continue
-            group = open_groups.get(one.request.system)
-            if group is None or len(group) == size:
-                group = open_groups[one.request.system] = []
+            groupable = size > 1 and _groupable(one.request)
+            group = next((group for group in open_groups if _fits(one, group)), None) if groupable else None
+            if group is None:
+                group = []
                 groups.append(group)
+                open_groups += [group] if groupable else []
             group.append(one)
+            open_groups = [group for group in open_groups if len(group) < size]
         return groups
 
     def _entries(self, group: list[_Drawn], image: NDArray[np.uint8]) -> tuple[list[Entry], NDArray[np.uint8]]:
@@ -162,6 +166,13 @@ class Preparer:
             shared = prepared.items[0].masks.numpy() if shared is None else shared
             entries.append(_entry(one.position, request, prepared, shared, form))
         return entries, tiles
+
+
+def _fits(one: _Drawn, group: list[_Drawn]) -> bool:
+    """Say whether a record's region overlaps none of a group's, and is asked about under the same system prompt."""
+    if one.request.system != group[0].request.system:
+        return False
+    return not any((one.masks[0] & other.masks[0]).any() for other in group)
 
 
 def _groupable(request: RegionRequest) -> bool:
