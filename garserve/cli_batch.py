@@ -126,6 +126,17 @@ def batch(
     retry_errors: Annotated[
         bool, typer.Option("--retry-errors", help="Ask again what the output has as errors.", rich_help_panel=_OUTPUT)
     ] = False,
+    coco: Annotated[
+        Path | None,
+        typer.Option(
+            help="When all is answered, write the input here, COCO's JSON, with a caption in each annotation.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    parquet: Annotated[
+        Path | None,
+        typer.Option(help="When all is answered, write the rows here as Parquet.", rich_help_panel=_OUTPUT),
+    ] = None,
     metrics_file: Annotated[
         Path | None, typer.Option(help="Write the numbers of the run here, as JSON.", rich_help_panel=_OUTPUT)
     ] = None,
@@ -142,6 +153,7 @@ def batch(
     Exit code: 0 all is answered, 1 some rows are errors, 2 nothing was begun, 3 stopped early, 130 interrupted.
     """
     from garserve.batch.job import Limits, Stop
+    from garserve.batch.outputs import check_coco, check_parquet, write_coco, write_parquet
     from garserve.batch.prepare import Preparation
     from garserve.batch.progress import Meter, summary
     from garserve.batch.run import Plan, run_job
@@ -164,6 +176,10 @@ def batch(
     )
     if metrics_file is not None and not metrics_file.parent.is_dir():
         raise RequestError(f"--metrics-file {metrics_file}: no such folder: {metrics_file.parent}")
+    if coco is not None:
+        check_coco(input_path, form, coco)
+    if parquet is not None:
+        check_parquet(input_path, parquet)
     choices = {"max_num_tiles": max_num_tiles, "box_scale": box_scale, "tile_cache_gb": tile_cache_gb}
 
     def load() -> "Engine":
@@ -172,6 +188,10 @@ def batch(
     stop = Stop()
     with _signals(stop):
         totals = run_job(plan, load, stop=stop, watch=lambda job, feeder: Meter(job, feeder, status_console))
+    if stop.reason is None and coco is not None:
+        write_coco(input_path, output, coco)
+    if stop.reason is None and parquet is not None:
+        write_parquet(output, parquet)
     numbers = {"output": str(output), **totals.as_json(), "stopped": stop.reason}
     if metrics_file is not None:
         _write_metrics(metrics_file, numbers)

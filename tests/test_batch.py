@@ -1,6 +1,9 @@
 """Batch: a row for every line, errors with their places, and real masks through vLLM equal to the reference."""
 
 import json
+import multiprocessing
+import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from garserve.batch.source import Reading
 from garserve.batch.source_jsonl import JsonlSource
 from garserve.batch.totals import Totals
 from garserve.engine import Engine
-from tests.batch_data import plan_of, rows
+from tests.batch_data import plan_of, rows, write_requests
 from tests.conftest import write_lines
 from tests.echo import shared
 
@@ -130,6 +133,28 @@ def test_choices_are_asked_as_the_authors_evaluation_asks(tmp_path: Path) -> Non
     )
 
 
+def test_json_lines_and_coco_give_equal_texts(reference: Engine, mini: Path, photos: Path, tmp_path: Path) -> None:
+    """Real photographs with real masks, every region by itself, and the same as annotations of COCO's format."""
+    lines = [json.loads(line) for line in (photos / "regions.jsonl").read_text().splitlines()]
+    images = [{"id": number, "file_name": line["image"]} for number, line in enumerate(lines)]
+    annotations = [
+        {"id": f"line-{number + 1}/{i}", "image_id": number, "segmentation": region["rle"], "category_id": 1}
+        for number, line in enumerate(lines)
+        for i, region in enumerate(line["regions"])
+    ]
+    coco = tmp_path / "coco.json"
+    coco.write_text(json.dumps({"images": images, "annotations": annotations[::-1]}))
+    texts = {}
+    for name, source in (("lines", photos / "regions.jsonl"), ("coco", coco)):
+        reading = Reading(images=photos, each_region=name == "lines")
+        plan = plan_of(source, tmp_path / name, mini, reading=reading, max_num_tiles=2)
+        totals = run_job(plan, lambda: shared(reference))
+        assert (totals.rows, totals.errors) == (56, 0)
+        texts[name] = {row["id"]: (row["text"], row["regions"]) for row in rows(tmp_path / name)}
+    assert texts["lines"] == texts["coco"]
+    assert len({text for text, _ in texts["lines"].values()}) > 20
+
+
 @pytest.mark.vllm
 def test_real_photographs_with_real_masks(golden: Path, photos: Path, tmp_path: Path) -> None:
     """Every line gives a row; vLLM's greedy answers are the reference's, token for token."""
@@ -151,3 +176,23 @@ def test_real_photographs_with_real_masks(golden: Path, photos: Path, tmp_path: 
         else:
             assert ours["text"] == truth["text"]
             assert ours["answer_tokens"] == 12
+
+
+@pytest.mark.vllm
+def test_an_engine_process_that_is_killed_is_replaced(mini: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed (pip install garserve[cpu] or garserve[gpu])")
+    source, out = write_requests(tmp_path, 60), tmp_path / "out.jsonl"
+    killed = []
+
+    def kill() -> None:
+        while not (out.exists() and out.read_bytes().count(b"\n") >= 5):
+            time.sleep(0.01)
+        killed.extend(multiprocessing.active_children())
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    threading.Thread(target=kill, daemon=True).start()
+    plan = plan_of(source, out, mini, in_flight=4)
+    totals = run_job(plan, lambda: garserve.load(mini, separate_process=True))
+    assert (len(killed), totals.engine_restarts, totals.errors) == (1, 1, 0)
+    assert sorted(row["id"] for row in rows(out)) == sorted(f"r{i}" for i in range(60))

@@ -383,13 +383,13 @@ def test_the_engine_is_never_given_more_than_it_has_room_for(source: Path, mini:
             return lambda: None
 
         def token_room(self) -> int:
-            return 900
+            return 4000
 
         def tile_counts(self) -> TileCounts:
             return TileCounts()
 
     run_echo(source, tmp_path / "out.jsonl", mini, backend=Room(), in_flight=50)
     assert 1 < most[0] <= 50
-    assert 450 < most[1] <= 900
+    assert 1000 < most[1] <= 4000
     run_echo(source, tmp_path / "few.jsonl", mini, backend=Room(), in_flight=2)
     assert texts(tmp_path / "few.jsonl") == texts(tmp_path / "out.jsonl")

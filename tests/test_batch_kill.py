@@ -16,6 +16,7 @@ from tests.conftest import ROOT
 
 COUNT = 300
 KILLS = int(os.environ.get("GARSERVE_KILLS", "2"))
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # a busy machine is slow to bring threads together
 
 
 def command(source: Path, output: Path, checkpoint: Path, *options: str) -> list[str]:
@@ -31,7 +32,7 @@ def lines(path: Path) -> int:
 def test_sigkill_at_random_moments(mini: Path, tmp_path: Path) -> None:
     source = write_requests(tmp_path, COUNT)
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
-    subprocess.run(command(source, whole, mini), check=True, capture_output=True, cwd=ROOT)
+    subprocess.run(command(source, whole, mini), check=True, capture_output=True, cwd=ROOT, env=ENVIRONMENT)
     chance = random.Random(0)
     killed = 0
     for kill in range(KILLS):
@@ -39,7 +40,12 @@ def test_sigkill_at_random_moments(mini: Path, tmp_path: Path) -> None:
         # Somewhere between this start's first row and its share of the rest.
         aim = before + chance.randint(1, max((COUNT - before) // (KILLS - kill + 1), 1))
         with subprocess.Popen(
-            command(source, out, mini), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT, process_group=0
+            command(source, out, mini),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            process_group=0,
         ) as process:
             while lines(out) < aim and process.poll() is None:
                 time.sleep(0.01)
@@ -50,7 +56,7 @@ def test_sigkill_at_random_moments(mini: Path, tmp_path: Path) -> None:
             file.write(b'{"id": "r1", "tex' if chance.random() < 0.5 else b"")  # as a crash of the machine may leave it
     assert killed == KILLS
     assert lines(out) < COUNT
-    subprocess.run(command(source, out, mini), check=True, capture_output=True, cwd=ROOT)
+    subprocess.run(command(source, out, mini), check=True, capture_output=True, cwd=ROOT, env=ENVIRONMENT)
     found = rows(out)
     assert sorted(row["id"] for row in found) == sorted(f"r{i}" for i in range(COUNT))
     assert {row["id"]: row["text"] for row in found} == {row["id"]: row["text"] for row in rows(whole)}
@@ -63,6 +69,7 @@ def test_ctrl_c_once_finishes_what_runs(mini: Path, tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=ROOT,
+        env=ENVIRONMENT,
         text=True,
     ) as process:
         while lines(out) < 5 and process.poll() is None:

@@ -116,7 +116,8 @@ def image_folders(path: Path, reading: Reading) -> list[Path]:
     if reading.images is not None:
         return [reading.images]
     split = path.stem.rsplit("_", 1)[-1]
-    near = [path.parent, path.parent / "images", path.parent.parent / split, path.parent.parent / "images" / split]
+    beside, above = path.parent, path.parent.parent
+    near = [beside, beside / "images", above / split, above / "images" / split, above]
     return [folder for folder in near if folder.is_dir()]
 
 
