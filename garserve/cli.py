@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from garserve import __version__
 from garserve.checkpoint import TINY
+from garserve.cli_batch import batch
 from garserve.cli_doctor import doctor
 from garserve.cli_encode import encode
 from garserve.cli_eval import evaluations
@@ -35,7 +36,6 @@ from garserve.cli_options import (
     RegionCommand,
     RleOption,
     ScribbleOption,
-    TileCacheOption,
     VerboseOption,
     VisionBackendOption,
     VisionModelOption,
@@ -44,6 +44,7 @@ from garserve.cli_options import (
     parse_regions,
     printable,
 )
+from garserve.cli_report import report
 from garserve.cli_shared import console, open_engine, status_console
 from garserve.errors import GarserveError
 
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 app.add_typer(evaluations, name="eval")
 app.add_typer(exports, name="export")
+app.command()(batch)
+app.command()(report)
 app.command()(doctor)
 app.command()(encode)
 
@@ -143,58 +146,6 @@ def describe(
         captions = [row["text"] for row in rows] if ask is None else []
         save_picture(image_out, pixels, masks, captions, "" if ask is None else f"{ask} {rows[0]['text']}")
         status_console.print(f"Saved {image_out}")
-
-
-@app.command()
-def batch(
-    input_file: Annotated[
-        Path, typer.Option("--input", "-i", exists=True, dir_okay=False, help="Requests, one JSON object a line.")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Answers, one JSON object a line, in the same order.")],
-    checkpoint: CheckpointOption = TINY,
-    max_tokens: MaxTokensOption = 256,
-    max_num_tiles: MaxTilesOption = None,
-    box_scale: BoxScaleOption = None,
-    tile_cache_gb: TileCacheOption = None,
-    backend: Backend = "vllm",
-    vision_backend: VisionBackendOption = None,
-    vision_model: VisionModelOption = None,
-    engine_option: EngineOption = None,
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Answer a file of requests. A bad line becomes an error row with its line number; the others go on.
-
-    A line is {"image": path, "regions": \\[...], "question": text or left out, "id": ...}; paths are relative to the
-    file. A region is {"box": \\[x1, y1, x2, y2]}, {"rle": ...}, {"polygon": ...}, {"mask": path}, {"points": ...} or
-    {"scribble": ...}.
-    """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from garserve.batch.job import Totals, check_paths, count_lines, run_batch
-
-    check_paths(input_file, output)
-    choices: dict[str, Any] = {"max_num_tiles": max_num_tiles, "box_scale": box_scale, "tile_cache_gb": tile_cache_gb}
-    choices |= {"vision_backend": vision_backend, "vision_model": vision_model}
-    with open_engine(checkpoint, backend, engine_option, verbose, **choices) as engine:
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with Progress(*columns, console=status_console) as progress:
-            task = progress.add_task("rows", total=count_lines(input_file))
-
-            def advance(totals: Totals) -> None:
-                progress.update(task, completed=totals.rows, description=f"rows, {totals.errors} errors")
-
-            totals = run_batch(engine, input_file, output, max_tokens=max_tokens, on_row=advance)
-        tiles = engine.tile_counts
-    counted = {"tiles": tiles.asked, "tiles_computed": tiles.computed}
-    summary = {"output": str(output), **totals.__dict__, **counted}
-    if as_json:
-        typer.echo(json.dumps(summary))
-    else:
-        console.print(
-            f"{totals.rows} rows, {totals.errors} of them errors, {totals.regions} regions, {tiles.computed} of "
-            f"{tiles.asked} tiles computed: {escape(str(output))}"
-        )
 
 
 @app.command()

@@ -20,6 +20,12 @@ def open_engine(
     checkpoint: str, backend: str, options: list[str] | None, verbose: bool, **choices: Any
 ) -> "Iterator[Engine]":
     """Load an engine behind a spinner, and close it. Choices that are None are left to the engine."""
+    with load_engine(checkpoint, backend, options, verbose, **choices) as engine:
+        yield engine
+
+
+def load_engine(checkpoint: str, backend: str, options: list[str] | None, verbose: bool, **choices: Any) -> "Engine":
+    """Load an engine behind a spinner; the caller closes it. Choices that are None are left to the engine."""
     from garserve.engine import load
 
     extra: dict[str, Any] = parse_engine_options(options)
@@ -27,6 +33,4 @@ def open_engine(
     if backend == "vllm":
         extra.setdefault("verbose", verbose)
     with status_console.status(f"Loading {checkpoint} ({backend}) ..."):
-        engine = load(checkpoint, backend, **extra)  # type: ignore[arg-type]
-    with engine:
-        yield engine
+        return load(checkpoint, backend, **extra)  # type: ignore[arg-type]

@@ -58,6 +58,9 @@ class Backend(Protocol):
     def tile_counts(self) -> "TileCounts":
         """Return what became of the tiles so far."""
 
+    def token_room(self) -> int | None:
+        """Return how many tokens of prompts and answers are kept at a time; None where nothing bounds them."""
+
     def close(self) -> None:
         """Give everything back."""
 
@@ -174,6 +177,34 @@ class Engine:
                 if isinstance(pending, _Pending):
                     pending.cancel()
 
+    def submit(
+        self,
+        prepared: PreparedRequest,
+        on_report: OnReport,
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int | None = None,
+    ) -> Callable[[], None]:
+        """Queue what a Processor of this checkpoint has prepared, and return a function that cancels it.
+
+        `on_report` gets one Progress with all tokens, for `finished`, or an exception: an InputError refuses this
+        request, any other means that the engine has stopped. It is called from the backend's thread.
+        """
+        return self.backend.submit(prepared, Sampling(self.stop_id, max_tokens, temperature, seed), on_report)
+
+    def finished(self, prepared: PreparedRequest, last: Progress, ids: list[int] | None = None) -> Answer:
+        """Return the answer that ends with a report; `ids` where its tokens came in several."""
+        ids = last.new_token_ids if ids is None else ids
+        token_ids = ids[:-1] if ids and ids[-1] == self.stop_id else list(ids)
+        return Answer(
+            text=self.processor.tokenizer.decode(token_ids),
+            token_ids=token_ids,
+            finish_reason=last.finish_reason or "stop",
+            prompt_tokens=len(prepared.token_ids),
+            cached_tokens=last.cached_tokens,
+        )
+
     async def generate(self, request: RegionRequest) -> AsyncIterator[Chunk]:
         """Answer one request piece by piece; leaving the iteration early cancels the work."""
         prepared = await asyncio.to_thread(self.processor, request)
@@ -238,15 +269,7 @@ class Engine:
         return Sampling(self.stop_id, request.max_tokens, request.temperature, request.seed, stream)
 
     def _answer(self, request: RegionRequest, prepared: PreparedRequest, ids: list[int], last: Progress) -> Answer:
-        token_ids = ids[:-1] if ids and ids[-1] == self.stop_id else list(ids)
-        return Answer(
-            text=self.processor.tokenizer.decode(token_ids),
-            token_ids=token_ids,
-            finish_reason=last.finish_reason or "stop",
-            prompt_tokens=len(prepared.token_ids),
-            cached_tokens=last.cached_tokens,
-            id=request.id,
-        )
+        return replace(self.finished(prepared, last, ids), id=request.id)
 
 
 class _Pending:

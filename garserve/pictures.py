@@ -1,4 +1,4 @@
-"""Pictures of regions and what was said about them (floor 6)."""
+"""Pictures of regions and what was said about them (floor 5)."""
 
 import warnings
 from collections.abc import Sequence

@@ -1,24 +1,31 @@
-"""Batch: a row for every line, errors in their places, and real masks through vLLM equal to the reference."""
+"""Batch: a row for every line, errors with their places, and real masks through vLLM equal to the reference."""
 
 import json
+import multiprocessing
+import threading
+import time
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import garserve
-from garserve.batch.job import run_batch
-from garserve.batch.sources import read_lines
+from garserve.batch.run import run_job
+from garserve.batch.source import Reading
+from garserve.batch.source_jsonl import JsonlSource
+from garserve.batch.totals import Totals
 from garserve.engine import Engine
+from tests.batch_data import plan_of, rows, write_requests
 from tests.conftest import write_lines
+from tests.echo import shared
 
 BOX = {"box": [1, 1, 20, 20]}
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def run_reference(engine: Engine, checkpoint: Path, source: Path, output: Path) -> Totals:
+    return run_job(plan_of(source, output, checkpoint), lambda: shared(engine))
 
 
 @pytest.fixture
@@ -32,7 +39,7 @@ def folder(tmp_path: Path, picture: np.ndarray) -> Path:
     return tmp_path
 
 
-def test_bad_lines_become_error_rows_and_the_others_go_on(reference: Engine, folder: Path) -> None:
+def test_bad_lines_become_error_rows_and_the_others_go_on(reference: Engine, mini: Path, folder: Path) -> None:
     lines: list[object] = [
         {"id": "good", "image": "a.png", "regions": [BOX]},
         "{not json",
@@ -67,11 +74,12 @@ def test_bad_lines_become_error_rows_and_the_others_go_on(reference: Engine, fol
     source = write_lines(folder / "in.jsonl", lines)
     with source.open("ab") as file:
         file.write(b"\xff\xfe\n")
-    totals = run_batch(reference, source, folder / "out.jsonl", max_tokens=3)
+    totals = run_reference(reference, mini, source, folder / "out.jsonl")
     out = rows(folder / "out.jsonl")
-    assert [row["line"] for row in out] == [*range(1, 14), *range(15, 25)]
-    assert [row["id"] for row in out if "error" not in row] == ["good", 5]
-    messages = {row["line"]: row["error"] for row in out if "error" in row}
+    assert sorted(int(row["place"].split()[1]) for row in out) == [*range(1, 14), *range(15, 25)]
+    assert {row["id"] for row in out if "error" not in row} == {"good", 5}
+    assert {row["id"] for row in out if "error" in row} >= {"line-2", "line-3", "half \ud800"}
+    messages = {int(row["place"].split()[1]): row["error"] for row in out if "error" in row}
     for line, part in {
         2: "not JSON",
         3: "regions: expected at least one region",
@@ -88,8 +96,8 @@ def test_bad_lines_become_error_rows_and_the_others_go_on(reference: Engine, fol
         15: "max_tokens: expected at least 1 (and at most 1000000), got 0",
         16: "choices: only with a question",
         17: "request cannot be prepared",
-        18: "cannot be used",
-        19: "cannot be used",
+        18: "request cannot be prepared",
+        19: "request cannot be prepared",
         20: "unknown field 'questoin', did you mean 'question'?",
         21: "question: half a character",
         22: "not JSON",
@@ -97,45 +105,54 @@ def test_bad_lines_become_error_rows_and_the_others_go_on(reference: Engine, fol
     }.items():
         assert part in messages[line], (line, messages[line])
     assert (totals.rows, totals.errors, totals.regions) == (23, 21, 2)
-    assert not (folder / "out.jsonl.partial").exists()
 
 
-def test_a_region_that_was_not_given_can_be_asked_about_on_purpose(reference: Engine, folder: Path) -> None:
+def test_a_region_that_was_not_given_can_be_asked_about_on_purpose(reference: Engine, mini: Path, folder: Path) -> None:
     asked = {"image": "a.png", "regions": [BOX], "question": "What is <Prompt3>?"}
     source = write_lines(folder / "in.jsonl", [asked, asked | {"check_names": False}, asked | {"check_names": "no"}])
-    run_batch(reference, source, folder / "out.jsonl", max_tokens=3)
-    refused, answered, misread = rows(folder / "out.jsonl")
+    run_reference(reference, mini, source, folder / "out.jsonl")
+    refused, answered, misread = sorted(rows(folder / "out.jsonl"), key=lambda row: row["id"])
     assert "names <Prompt3>, but the regions given are <Prompt0>" in refused["error"]
     assert answered["text"]
     assert "check_names" in misread["error"]
 
 
-def test_an_interrupted_job_leaves_no_half_output(reference: Engine, folder: Path) -> None:
-    source = write_lines(folder / "in.jsonl", [{"image": "a.png", "regions": [BOX]}] * 3)
-
-    def stop(totals: object) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_batch(reference, source, folder / "out.jsonl", max_tokens=1, on_row=stop)
-    assert not (folder / "out.jsonl").exists()
-
-
-def test_the_input_is_never_overwritten(reference: Engine, folder: Path) -> None:
+def test_the_input_is_never_overwritten(reference: Engine, mini: Path, folder: Path) -> None:
     source = write_lines(folder / "in.jsonl", [{"image": "a.png", "regions": [BOX]}])
     before = source.read_bytes()
     with pytest.raises(garserve.GarserveError, match="is the input itself"):
-        run_batch(reference, source, folder / "in.jsonl")
+        run_reference(reference, mini, source, folder / "in.jsonl")
     assert source.read_bytes() == before
 
 
 def test_choices_are_asked_as_the_authors_evaluation_asks(tmp_path: Path) -> None:
     line = {"image": "a.png", "regions": [BOX], "question": "Colour of <Prompt0>?", "choices": ["A. Red.", "B. Blue."]}
-    (read,) = read_lines(write_lines(tmp_path / "in.jsonl", [line]), 8)
-    assert isinstance(read.request, garserve.RegionRequest)
-    assert read.request.question == (
+    (read,) = JsonlSource(write_lines(tmp_path / "in.jsonl", [line]), Reading()).records()
+    assert read.options["question"] == (
         "Question: Colour of <Prompt0>?\nOptions:\nA. Red.\nB. Blue.\nAnswer with the correct option's letter directly."
     )
+
+
+def test_json_lines_and_coco_give_equal_texts(reference: Engine, mini: Path, photos: Path, tmp_path: Path) -> None:
+    """Real photographs with real masks, every region by itself, and the same as annotations of COCO's format."""
+    lines = [json.loads(line) for line in (photos / "regions.jsonl").read_text().splitlines()]
+    images = [{"id": number, "file_name": line["image"]} for number, line in enumerate(lines)]
+    annotations = [
+        {"id": f"line-{number + 1}/{i}", "image_id": number, "segmentation": region["rle"], "category_id": 1}
+        for number, line in enumerate(lines)
+        for i, region in enumerate(line["regions"])
+    ]
+    coco = tmp_path / "coco.json"
+    coco.write_text(json.dumps({"images": images, "annotations": annotations[::-1]}))
+    texts = {}
+    for name, source in (("lines", photos / "regions.jsonl"), ("coco", coco)):
+        reading = Reading(images=photos, each_region=name == "lines")
+        plan = plan_of(source, tmp_path / name, mini, reading=reading, max_num_tiles=2)
+        totals = run_job(plan, lambda: shared(reference))
+        assert (totals.rows, totals.errors) == (56, 0)
+        texts[name] = {row["id"]: (row["text"], row["regions"]) for row in rows(tmp_path / name)}
+    assert texts["lines"] == texts["coco"]
+    assert len({text for text, _ in texts["lines"].values()}) > 20
 
 
 @pytest.mark.vllm
@@ -144,9 +161,12 @@ def test_real_photographs_with_real_masks(golden: Path, photos: Path, tmp_path: 
     pytest.importorskip("vllm", reason="vLLM is not installed (pip install garserve[cpu] or garserve[gpu])")
     outputs = {}
     for backend in ("vllm", "reference"):
-        with garserve.load(golden / "gar-tiny-random", backend, dtype="float32", max_num_tiles=6) as engine:  # type: ignore[arg-type]
-            run_batch(engine, photos / "regions.jsonl", tmp_path / backend, max_tokens=12)
-        outputs[backend] = rows(tmp_path / backend)
+        checkpoint = golden / "gar-tiny-random"
+        plan = plan_of(photos / "regions.jsonl", tmp_path / backend, checkpoint, max_tokens=12, max_num_tiles=6)
+        engine = garserve.load(checkpoint, backend, dtype="float32", max_num_tiles=6)  # type: ignore[arg-type]
+        run_job(plan, partial(shared, engine))
+        engine.close()
+        outputs[backend] = sorted(rows(tmp_path / backend), key=lambda row: int(row["place"].split()[1]))
     lines = [json.loads(line) for line in (photos / "regions.jsonl").read_text().splitlines()]
     assert len(outputs["vllm"]) == len(lines) == 24
     for ours, truth, line in zip(outputs["vllm"], outputs["reference"], lines, strict=True):
@@ -156,3 +176,23 @@ def test_real_photographs_with_real_masks(golden: Path, photos: Path, tmp_path: 
         else:
             assert ours["text"] == truth["text"]
             assert ours["answer_tokens"] == 12
+
+
+@pytest.mark.vllm
+def test_an_engine_process_that_is_killed_is_replaced(mini: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed (pip install garserve[cpu] or garserve[gpu])")
+    source, out = write_requests(tmp_path, 60), tmp_path / "out.jsonl"
+    killed = []
+
+    def kill() -> None:
+        while not (out.exists() and out.read_bytes().count(b"\n") >= 5):
+            time.sleep(0.01)
+        killed.extend(multiprocessing.active_children())
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    threading.Thread(target=kill, daemon=True).start()
+    plan = plan_of(source, out, mini, in_flight=4)
+    totals = run_job(plan, lambda: garserve.load(mini, separate_process=True))
+    assert (len(killed), totals.engine_restarts, totals.errors) == (1, 1, 0)
+    assert sorted(row["id"] for row in rows(out)) == sorted(f"r{i}" for i in range(60))

@@ -88,10 +88,18 @@ def test_bad_regions(mini: Path, arguments: list[str], message: str) -> None:
 def test_batch(mini: Path, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", [{"image": str(PHOTO), "regions": [{"box": [1, 1, 50, 50]}]}, "bad"])
     out = tmp_path / "out.jsonl"
-    printed = run("batch", "-i", source, "-o", out, "-c", mini, "--backend", "reference", "--max-tokens", 2, "--json")
-    summary = json.loads(printed)
-    assert (summary["rows"], summary["errors"]) == (2, 1)
-    assert len(out.read_text().splitlines()) == 2
+    common = ["-c", mini, "--backend", "reference", "--max-tokens", 2, "--workers", 0, "--json"]
+    told = [str(one) for one in ["batch", "-i", source, "-o", out, *common, "--metrics-file", tmp_path / "m.json"]]
+    for rows in (2, 0):  # the second time there is nothing left
+        result = runner.invoke(app, told, catch_exceptions=False)
+        assert result.exit_code == int(rows > 0), result.output
+        summary = json.loads(result.stdout)
+        assert (summary["rows"], summary["before"], summary["errors"]) == (rows, 2 - rows, int(rows > 0))
+        assert summary == json.loads((tmp_path / "m.json").read_text())
+        assert len(out.read_text().splitlines()) == 2
+    with pytest.raises(GarserveError, match="max_tokens 2, now it is 3"):
+        run("batch", "-i", source, "-o", out, "-c", mini, "--max-tokens", 3)
+    assert "2 rows" in run("report", out, "-o", tmp_path / "r.html")
     with pytest.raises(GarserveError, match="no such folder"):
         run("batch", "-i", source, "-o", tmp_path / "no" / "out", "-c", mini)
 
@@ -121,7 +129,7 @@ def test_help_is_quick_and_names_every_command() -> None:
         check=True,
         cwd=ROOT,
     )
-    for name in ("describe", "batch", "doctor", "demo", "eval", "export", "encode"):
+    for name in ("describe", "batch", "report", "doctor", "demo", "eval", "export", "encode"):
         assert name in done.stdout
     assert "| torch\n" not in done.stderr
 

@@ -53,7 +53,7 @@ def sha256(item: dict) -> str:
 def main() -> None:
     """Resolve, and write the lock."""
     pins: dict[str, tuple[str, set[str]]] = {}
-    for item in resolve([".[cpu,dev,onnx]", *EXTRA_PINS]):
+    for item in resolve([".[cpu,dev,onnx,parquet]", *EXTRA_PINS]):
         name = item["metadata"]["name"].lower().replace("_", "-")
         if name not in LEFT_OUT:
             pins[name] = (item["metadata"]["version"].split("+")[0], {sha256(item)})

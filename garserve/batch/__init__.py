@@ -1,1 +1,1 @@
-"""Batch inference: many requests from a file, one row of output for each (floor 6)."""
+"""Batch inference: every region of a data set answered once, whatever happens in between (floor 6)."""

@@ -1,7 +1,7 @@
 """The vision half of a requests file by itself: embeddings into files, and a requests file that names them."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from blake3 import blake3
 
-from garserve.batch.sources import Line, read_lines
+from garserve.batch.request_line import read_line
+from garserve.batch.source_jsonl import identity, json_lines
 from garserve.errors import GarserveError, InputError, RequestError
 from garserve.inputs.encoded import SUFFIX, EncodedImage
 from garserve.inputs.processor import Processor
@@ -66,15 +67,15 @@ def run_encode(
     """
     done = Encoded()
     with (folder / REQUESTS).open("w", encoding="utf-8") as good, (folder / ERRORS).open("w", encoding="utf-8") as bad:
-        for line, data in _lines(source):
+        for place, data, error in json_lines(source):
             done.rows += 1
             try:
-                path, written = encoder.encode(_request(line))
+                path, written = encoder.encode(_request(data, error, source.parent))
                 done.files += written
                 good.write(json.dumps({**data, "image": path.name, "regions": []}, ensure_ascii=False) + "\n")
-            except InputError as error:
+            except InputError as refused:
                 done.errors += 1
-                row = {"id": line.id, "line": line.number, "error": str(error)}
+                row = {"id": identity(data, "id"), "place": place, "error": str(refused)}
                 bad.write(json.dumps(row, ensure_ascii=True) + "\n")
             on_row(done)
     if not done.errors:
@@ -92,17 +93,14 @@ def check_folder(source: Path, folder: Path) -> None:
         raise GarserveError(f"output {folder}: cannot be made ({error.strerror or error})") from None
 
 
-def _lines(source: Path) -> Iterator[tuple[Line, dict[str, Any]]]:
-    """Lines with the JSON object that they were read from; an empty one where there is none."""
-    raw = source.read_bytes().split(b"\n")
-    for line in read_lines(source, max_tokens=1):
-        data = json.loads(raw[line.number - 1]) if isinstance(line.request, RegionRequest) else {}
-        yield line, data
-
-
-def _request(line: Line) -> RegionRequest:
-    if isinstance(line.request, InputError):
-        raise line.request
-    if isinstance(line.request.image, EncodedImage):
+def _request(data: Any, error: str | None, folder: Path) -> RegionRequest:
+    """Return a decoded line as a request; InputError where it cannot be one."""
+    if error is not None:
+        raise RequestError(error)
+    try:
+        request = read_line(data).request(folder, max_tokens=1)
+    except (TypeError, LookupError, ArithmeticError, ValueError) as refused:  # values of a kind that no field takes
+        raise RequestError(f"cannot be used ({type(refused).__name__}: {refused})") from None
+    if isinstance(request.image, EncodedImage):
         raise RequestError("image: is encoded already")
-    return line.request
+    return request

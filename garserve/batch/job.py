@@ -1,100 +1,258 @@
-"""Running a requests file through an engine: a row of output for every line, in their order."""
+"""Running a job: parcels into the engine, rows out of it, until all are answered or something stops it."""
 
-import json
-import os
+import queue
+import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from enum import IntEnum
 from typing import Any
 
-from garserve.batch.sources import Line, read_lines
-from garserve.engine import Answer, Engine
-from garserve.errors import GarserveError, InputError, RequestError
-from garserve.inputs.request import RegionRequest
+from garserve.batch.admission import Admission
+from garserve.batch.feeder import Arrival, End, Feeder, WorkFound
+from garserve.batch.journal import Journal, OutputError
+from garserve.batch.parcel import Entry, Parcel
+from garserve.batch.record import Record
+from garserve.batch.rows import answer_row, error_row
+from garserve.batch.totals import Totals
+from garserve.engine import Engine
+from garserve.errors import GarserveError, InputError
+from garserve.generation import Report
+from garserve.inputs.processor import PreparedRequest
+
+_POLL_SECONDS = 0.5  # how late a fsync, or a look at the queue, may be
+
+
+class Halt(IntEnum):
+    """How far a job is to be stopped."""
+
+    no = 0
+    drain = 1  # finish what the engine has, begin nothing
+    now = 2
+
+
+class Stop:
+    """What a person, a signal or a limit tells a running job; `tell` may be called from signal handlers, too."""
+
+    def __init__(self) -> None:
+        self.halt = Halt.no
+        self.reason: str | None = None
+
+    def tell(self, reason: str, halt: Halt = Halt.drain) -> None:
+        """Stop the job as far as that, or further where it was told before."""
+        self.halt = max(self.halt, halt)
+        self.reason = self.reason or reason
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`in_flight` requests at most are in the engine; more than `max_errors` end the job; a dead engine is replaced."""
+
+    in_flight: int = 128
+    max_errors: int | None = None
+    restarts: int = 2
 
 
 @dataclass
-class Totals:
-    """What a job has done so far."""
+class _Running:
+    record: Record
+    entry: Entry
+    parcel: Parcel
+    prepared: PreparedRequest | None = None
+    since: float = 0.0
+    cancel: Callable[[], None] = lambda: None
 
-    rows: int = 0
-    errors: int = 0
-    regions: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    answer_tokens: int = 0
-
-
-def check_paths(source: Path, target: Path) -> None:
-    """Check that the output can be written and is not the input; RequestError where not."""
-    if not source.is_file():
-        raise RequestError(f"input {source}: expected a regular file (it is read twice)")
-    if not target.parent.is_dir():
-        raise RequestError(f"output {target}: no such folder: {target.parent}")
-    if target.exists() and (not target.is_file() or target.samefile(source)):
-        raise RequestError(f"output {target}: is {'the input itself' if target.is_file() else 'no regular file'}")
-    if not os.access(target.parent, os.W_OK):
-        raise RequestError(f"output {target}: its folder cannot be written to")
+    @property
+    def tokens(self) -> int:
+        return len(self.entry.token_ids) + self.entry.max_tokens
 
 
-def count_lines(path: Path) -> int:
-    """Count the lines that are not blank, for a progress bar."""
-    with path.open("rb") as file:
-        return sum(1 for line in file if line.strip())
+@dataclass(frozen=True)
+class _Reported:
+    number: int
+    report: Report
 
 
-def run_batch(
-    engine: Engine, source: Path, target: Path, *, max_tokens: int = 256, on_row: Callable[[Totals], None] | None = None
-) -> Totals:
-    """Answer every line of `source` into `target`, one JSON row each; a bad line becomes an error row.
+class Job:
+    """One run of a job. `totals` may be read from other threads while it runs."""
 
-    Rows are written to a file beside the target, which takes its name when all are there: an interrupted job leaves
-    no half output under the target's name.
-    """
-    check_paths(source, target)
-    totals = Totals()
-    partial = target.with_name(target.name + ".partial")
-    # Half a character of an id is written as the JSON escape that it came from.
-    with partial.open("w", encoding="utf-8", errors="backslashreplace") as out:
-        for line, outcome in _answer_lines(engine, read_lines(source, max_tokens)):
-            out.write(json.dumps(_row(line, outcome, totals), ensure_ascii=False) + "\n")
-            out.flush()
-            if on_row:
-                on_row(totals)
-        os.fsync(out.fileno())
-    partial.replace(target)
-    return totals
+    def __init__(
+        self,
+        open_engine: Callable[[], Engine],
+        journal: Journal,
+        *,
+        limits: Limits | None = None,
+        totals: Totals | None = None,
+        stop: Stop | None = None,
+    ) -> None:
+        """Prepare a run; `open_engine` is called where there is something to ask, and again when an engine died."""
+        self._open_engine, self._journal = open_engine, journal
+        self._limits, self.stop = limits or Limits(), stop or Stop()
+        self.totals = totals or Totals()
+        self.engine: Engine | None = None
+        self.events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._ready: deque[_Running] = deque()
+        self._running: dict[int, _Running] = {}
+        self._numbers = 0
+        self._waiting: dict[int, int] = {}  # of each parcel, by its identity: requests that are not in the engine yet
+        self._ended = False
 
+    def run(self, feeder: Feeder) -> None:
+        """Answer everything that a feeder brings; `stop` says afterwards whether and why it ended early."""
+        self._feeder = feeder
+        feeder.start()
+        try:
+            while not self._finished():
+                self._handle(self._next())
+                self._admit()
+                self._journal.sync(force=False)
+        except OutputError as error:
+            self.stop.tell(str(error), Halt.now)
+        finally:
+            feeder.stop()
+            for one in self._running.values():
+                one.cancel()
+            self._close()
+        with suppress(OutputError):  # what matters was told, or the last rows are written again next time
+            self._journal.sync()
 
-def _answer_lines(engine: Engine, lines: Iterator[Line]) -> Iterator[tuple[Line, Answer | GarserveError]]:
-    pending: deque[Line] = deque()
+    def _finished(self) -> bool:
+        if self.stop.halt is Halt.now:
+            return True
+        if self.stop.halt is Halt.drain:
+            return not self._running
+        return self._ended and not self._ready and not self._running
 
-    def requests() -> Iterator[RegionRequest | InputError]:
-        for line in lines:
-            pending.append(line)
-            yield line.request
+    def _next(self) -> Any:
+        """Wait for what happens next; waiting with nothing in the engine is the engine's waiting for input."""
+        idle = self.engine is not None and not self._running and not self._ended
+        before = time.monotonic()
+        try:
+            return self.events.get(timeout=_POLL_SECONDS)
+        except queue.Empty:
+            return None
+        finally:
+            if idle:
+                self.totals.idle_seconds += time.monotonic() - before
 
-    for outcome in engine.outcomes(requests()):
-        yield pending.popleft(), outcome
+    def _handle(self, event: Any) -> None:
+        if isinstance(event, WorkFound):
+            if self.engine is None:
+                self._start()
+        elif isinstance(event, Arrival):
+            self._arrived(*event.prepared)
+        elif isinstance(event, _Reported):
+            self._reported(event)
+        elif isinstance(event, End):
+            self._ended = True
+            if event.error is not None:
+                self.stop.tell(f"{event.error}")
 
+    def _start(self) -> None:
+        self.engine = self._open_engine()
+        self._admission = Admission(self._limits.in_flight, self.engine.backend.token_room())
+        self.totals.begun = time.monotonic()
 
-def _row(line: Line, outcome: Answer | GarserveError, totals: Totals) -> dict[str, Any]:
-    totals.rows += 1
-    if isinstance(outcome, GarserveError):
-        totals.errors += 1
-        return {"id": line.id, "line": line.number, "error": str(outcome)}
-    if isinstance(line.request, RegionRequest):
-        totals.regions += line.request.region_count
-    totals.prompt_tokens += outcome.prompt_tokens
-    totals.cached_tokens += outcome.cached_tokens
-    totals.answer_tokens += len(outcome.token_ids)
-    return {
-        "id": line.id,
-        "line": line.number,
-        "text": outcome.text,
-        "finish_reason": outcome.finish_reason,
-        "prompt_tokens": outcome.prompt_tokens,
-        "cached_tokens": outcome.cached_tokens,
-        "answer_tokens": len(outcome.token_ids),
-    }
+    def _arrived(self, bundle: Any, parcel: Parcel) -> None:
+        for position, error in parcel.errors.items():
+            self._error(bundle.records[position], error, parcel.regions.get(position))
+        if not parcel.entries or self.stop.halt:
+            self._feeder.taken()
+            return
+        self._waiting[id(parcel)] = len(parcel.entries)
+        self._ready.extend(_Running(bundle.records[entry.record], entry, parcel) for entry in parcel.entries)
+
+    def _admit(self) -> None:
+        while self._ready and not self.stop.halt:
+            if self.engine is None or not self._admission.admits(self._ready[0].tokens):
+                return
+            one = self._ready.popleft()
+            self._submit(one)
+            left = self._waiting.get(id(one.parcel), 0) - 1
+            self._waiting[id(one.parcel)] = left
+            if left == 0:
+                del self._waiting[id(one.parcel)]
+                self._feeder.taken()
+
+    def _submit(self, one: _Running) -> None:
+        assert self.engine is not None  # noqa: S101  (its caller has looked)
+        number = self._numbers = self._numbers + 1
+        one.prepared = one.prepared or one.parcel.prepared(one.entry)
+        one.since = time.monotonic()
+        self._running[number] = one
+        self._admission.enter(one.tokens)
+        entry = one.entry
+        try:
+            one.cancel = self.engine.submit(
+                one.prepared,
+                lambda report: self.events.put(_Reported(number, report)),
+                max_tokens=entry.max_tokens,
+                temperature=entry.temperature,
+                seed=entry.seed,
+            )
+        except Exception as error:  # refused at once, or the engine is gone
+            self.events.put(_Reported(number, error))
+
+    def _reported(self, event: _Reported) -> None:
+        one = self._running.get(event.number)
+        if one is None:
+            return
+        report = event.report
+        if isinstance(report, Exception) and not isinstance(report, InputError):
+            self._engine_died(report)
+            return
+        del self._running[event.number]
+        self._admission.leave(one.tokens)
+        if isinstance(report, Exception):
+            self._error(one.record, str(report), one.parcel.regions.get(one.entry.record))
+            return
+        assert self.engine is not None and one.prepared is not None  # noqa: S101, PT018  (it was submitted)
+        answer = self.engine.finished(one.prepared, report)
+        row = answer_row(one.record, one.entry, one.parcel, answer, time.monotonic() - one.since)
+        self._journal.append(row)
+        totals = self.totals
+        totals.rows += 1
+        totals.regions += len(one.record.regions) or len(one.entry.spans) - 1
+        totals.prompt_tokens += answer.prompt_tokens
+        totals.cached_tokens += answer.cached_tokens
+        totals.answer_tokens += len(answer.token_ids)
+        totals.forms[one.entry.form] = totals.forms.get(one.entry.form, 0) + 1
+
+    def _error(self, record: Record, error: str, regions: list[dict[str, Any]] | None) -> None:
+        self._journal.append(error_row(record, error, regions))
+        self.totals.rows += 1
+        self.totals.errors += 1
+        most = self._limits.max_errors
+        if most is not None and self.totals.errors > most:
+            self.stop.tell(f"more than {most} errors (--max-errors)")
+
+    def _engine_died(self, error: Exception) -> None:
+        """Put all that it had back to the front of the queue and start another one, a bounded number of times."""
+        for one in reversed(self._running.values()):
+            self._admission.leave(one.tokens)
+            self._waiting[id(one.parcel)] = self._waiting.get(id(one.parcel), 0) + 1
+            self._ready.appendleft(one)
+        self._running.clear()
+        if self.totals.engine_restarts >= self._limits.restarts or self.stop.halt:
+            self.stop.tell(f"the engine died: {error}", Halt.now)
+            return
+        self.totals.engine_restarts += 1
+        self._close()
+        before = self.totals.begun
+        try:
+            self._start()
+        except GarserveError as failed:
+            self.stop.tell(f"the engine died ({error}) and did not start again: {failed}", Halt.now)
+        self.totals.begun = before
+
+    def _close(self) -> None:
+        engine, self.engine = self.engine, None
+        if engine is None:
+            return
+        with suppress(Exception):  # a dead one is not in any state to say anything more
+            counts = engine.tile_counts
+            self.totals.tiles += counts.asked
+            self.totals.tiles_computed += counts.computed
+        with suppress(Exception):
+            engine.close()

@@ -1,116 +1,133 @@
-"""Reading requests from JSON lines, one at a time."""
+"""Opening an input in whatever format it has: told, or seen from the input itself."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from difflib import get_close_matches
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+import ijson
 
-from garserve.errors import InputError, RequestError
-from garserve.inputs.encoded import SUFFIX, EncodedImage
-from garserve.inputs.regions import Region
-from garserve.inputs.request import RegionRequest
+from garserve.batch.record import Record
+from garserve.batch.request_line import RequestLine as RequestLine
+from garserve.batch.source import Format, Reading, Source
+from garserve.batch.source_bench import GarBenchSource
+from garserve.batch.source_coco import CocoSource
+from garserve.batch.source_folder import SUFFIXES, FolderSource
+from garserve.batch.source_jsonl import JsonlSource
+from garserve.batch.source_openai import OpenAISource
+from garserve.batch.source_parquet import ParquetSource
+from garserve.batch.source_sa1b import Sa1bSource
+from garserve.batch.source_webdataset import WebDatasetSource
+from garserve.errors import RequestError
+
+_SOURCES: dict[Format, Callable[[Path, Reading], Source]] = {
+    Format.jsonl: JsonlSource,
+    Format.openai: OpenAISource,
+    Format.coco: CocoSource,
+    Format.dlc_bench: CocoSource,  # the same form
+    Format.sa1b: Sa1bSource,
+    Format.gar_bench: GarBenchSource,
+    Format.folder: FolderSource,
+    Format.parquet: ParquetSource,
+    Format.webdataset: WebDatasetSource,
+}
+_FOLDERS = frozenset({Format.folder, Format.sa1b, Format.parquet, Format.webdataset})
+_LINES_LOOKED_AT = 20
 
 
-class RequestLine(BaseModel):
-    """One line of a requests file. Other keys (answers, labels of a data set) are left alone, but not misspelt ones.
+def open_source(path: Path, form: Format | None = None, reading: Reading | None = None) -> Source:
+    """Return a source for an input.
 
-    `image` is a path, relative to the file, or a data URL; a path to a file of `garserve encode` stands for its image
-    and its regions, and `regions` is empty then. `regions` are as Region.parse takes them. With `choices`
-    the question is asked as the authors' evaluation asks it.
+    Raises RequestError where there is no such input, where it is empty, or where its format is not known.
     """
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-    id: str | int | None = None
-    image: str = Field(min_length=1)
-    regions: list[Any]
-    question: str | None = None
-    choices: list[str] = Field(default_factory=list)
-    system: str | None = None
-    max_tokens: int | None = None
-    temperature: float = 0.0
-    seed: int | None = None
-    focus: list[int] | None = None
-    prompt_index: int | None = None
-    check_names: bool = True
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_misspelt_keys(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for key in sorted(str(key) for key in data if key not in cls.model_fields):
-                if near := get_close_matches(key, set(cls.model_fields) - set(data), cutoff=0.8):
-                    raise ValueError(f"unknown field {key!r}, did you mean {near[0]!r}?")
-        return data
-
-    def request(self, folder: Path, max_tokens: int) -> RegionRequest:
-        """Return the line as a request; a relative image or mask path is taken from `folder`."""
-        image: str | Path | EncodedImage = self.image if self.image.startswith("data:") else folder / self.image
-        if isinstance(image, Path) and image.suffix == SUFFIX:
-            image = EncodedImage.load(image)
-        return RegionRequest(
-            image=image,
-            regions=[Region.parse(_located(region, folder)) for region in self.regions],
-            question=self._asked(),
-            system=self.system,
-            max_tokens=max_tokens if self.max_tokens is None else self.max_tokens,
-            temperature=self.temperature,
-            seed=self.seed,
-            focus=self.focus,
-            prompt_index=self.prompt_index,
-            id=None if self.id is None else str(self.id),
-            check_names=self.check_names,
-        )
-
-    def _asked(self) -> str | None:
-        if not self.choices:
-            return self.question
-        if self.question is None:
-            raise RequestError("choices: only with a question")
-        options = "".join(f"\n{choice}" for choice in self.choices)
-        return f"Question: {self.question}\nOptions:{options}\nAnswer with the correct option's letter directly."
+    if not path.exists():
+        raise RequestError(f"input {path}: no such file or folder")
+    if path.is_file() and path.stat().st_size == 0:
+        raise RequestError(f"input {path}: empty (0 bytes)")
+    chosen = form or detect(path)
+    if path.is_dir() and chosen not in _FOLDERS:
+        raise RequestError(f"input {path}: expected a file for the format {chosen}, got a folder")
+    if path.is_file() and chosen is Format.folder:
+        raise RequestError(f"input {path}: expected a folder for the format folder, got a file")
+    return _SOURCES[chosen](path, reading or Reading())
 
 
-def _located(region: Any, folder: Path) -> Any:
-    if isinstance(region, dict) and isinstance(region.get("mask"), str):
-        return {**region, "mask": folder / region["mask"]}
-    return region
+def detect(path: Path) -> Format:
+    """Say which format an input has; RequestError where none fits."""
+    found = _detect_folder(path) if path.is_dir() else _detect_file(path)
+    if found is None:
+        known = ", ".join(Format)
+        raise RequestError(f"input {path}: unknown format; expected one of {known} (--format says which)")
+    return found
 
 
-@dataclass(frozen=True)
-class Line:
-    """One line of the input: its number from 1, its id if it has one, and its request or what is wrong with it."""
+def _detect_folder(path: Path) -> Format | None:
+    if any(path.glob("*.tar")):
+        return Format.webdataset
+    if any(path.glob("*.parquet")):
+        return Format.parquet
+    if (first := next(path.glob("*.json"), None)) is not None and _detect_json(first) is Format.sa1b:
+        return Format.sa1b
+    inner = path / "images"
+    folder = inner if inner.is_dir() else path
+    return Format.folder if any(file.suffix.lower() in SUFFIXES for file in folder.iterdir()) else None
 
-    number: int
-    id: str | int | None
-    request: RegionRequest | InputError
+
+def _detect_file(path: Path) -> Format | None:
+    by_suffix = {".parquet": Format.parquet, ".tar": Format.webdataset}
+    if (found := by_suffix.get(path.suffix.lower())) is not None:
+        return found
+    lines = _detect_lines(path)
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        return lines or Format.jsonl
+    return lines or _detect_json(path)
 
 
-def read_lines(path: Path, max_tokens: int) -> Iterator[Line]:
-    """Yield every line that is not blank; a bad one is yielded with its error, and the next is read."""
+def _detect_lines(path: Path) -> Format | None:
+    """Look for a line that is an object with the fields of a request, among the first ones."""
     with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            if raw.strip():
-                yield _read_line(number, raw, path.parent, max_tokens)
+        for raw in islice(iter(lambda: file.readline(1 << 20), b""), _LINES_LOOKED_AT):
+            try:
+                data = json.loads(raw)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(data, dict) and "custom_id" in data and "body" in data:
+                return Format.openai
+            if isinstance(data, dict) and isinstance(data.get("image"), str) and "regions" in data:
+                return Format.jsonl
+    return None
 
 
-def _read_line(number: int, raw: bytes, folder: Path, max_tokens: int) -> Line:
-    identity: str | int | None = None
+def _detect_json(path: Path) -> Format | None:
+    """Read a JSON file up to the first key that tells."""
     try:
-        data = json.loads(raw)
-        if isinstance(data, dict) and isinstance(data.get("id"), str | int):
-            identity = data["id"]
-        return Line(number, identity, RequestLine.model_validate(data).request(folder, max_tokens))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "line"
-        return Line(number, identity, RequestError(f"{where}: {first['msg']}, got {first['input']!r:.80}"))
-    except InputError as error:
-        return Line(number, identity, error)
-    except (ValueError, RecursionError) as error:  # broken syntax, broken UTF-8, numbers of thousands of digits
-        return Line(number, identity, RequestError(f"not JSON ({error})"))
-    except (TypeError, LookupError, ArithmeticError) as error:  # values of a kind that no field takes
-        return Line(number, identity, RequestError(f"cannot be used ({type(error).__name__}: {error})"))
+        with path.open("rb") as file:
+            for prefix, event, value in ijson.parse(file):
+                if (prefix, event) == ("", "start_array"):
+                    return Format.gar_bench
+                if prefix == "" and event == "map_key" and value == "image":
+                    return Format.sa1b
+                if prefix == "" and event == "map_key" and value in ("images", "categories"):
+                    return Format.coco
+    except (ijson.JSONError, UnicodeDecodeError):
+        return None
+    return None
+
+
+def each_region(records: Iterator[Record]) -> Iterator[Record]:
+    """Ask for the description of every region by itself; region i of a record R becomes R/i."""
+    kept = ("system", "max_tokens", "temperature", "seed")
+    for record in records:
+        if record.error is not None or len(record.regions) == 0:
+            yield record
+            continue
+        options = {name: value for name, value in record.options.items() if name in kept}
+        for number, region in enumerate(record.regions):
+            yield replace(
+                record,
+                place=f"{record.place} region {number}",
+                id=f"{record.key}/{number}",
+                regions=(region,),
+                options=options,
+            )

@@ -64,6 +64,10 @@ class ReferenceBackend:
         """Return what became of the tiles so far."""
         return self.model.encoder.tile_cache.counts
 
+    def token_room(self) -> int | None:
+        """Return None: what runs is bounded by `batch_size`."""
+        return None
+
     def close(self) -> None:
         """End the thread after the requests that wait."""
         self._closed = True

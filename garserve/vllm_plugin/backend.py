@@ -90,6 +90,11 @@ class VLLMBackend:
         """Return what became of the tiles so far, on the first rank (all ranks compute the same)."""
         return TileCounts(**self.driver.call(lambda engine: engine.collective_rpc("tile_counts"))[0])
 
+    def token_room(self) -> int | None:
+        """Return how many tokens the KV cache holds."""
+        cache = self.driver.engine.vllm_config.cache_config
+        return cache.num_gpu_blocks * cache.block_size if cache.num_gpu_blocks else None
+
     def close(self) -> None:
         """Stop the engine."""
         self.driver.close()

@@ -1,0 +1,226 @@
+"""`garserve batch` on the tiny checkpoint: one region at a time against groups, and against a loop of `describe` calls.
+
+`python benchmarks/batch.py` takes the packaged evaluation's pictures with 20 regions each, whose true attributes are
+computed by tools/train_tiny. No figures are printed where the batch and the loop say different things.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from machine import save
+from rich.console import Console
+from rich.table import Table
+
+import garserve
+from garserve.batch.job import Limits
+from garserve.batch.prepare import Preparation, encoded
+from garserve.batch.run import Plan, run_job
+from garserve.batch.totals import Totals
+from garserve.checkpoint import TINY, resolve
+from garserve.evaluation.questions import PACKAGED
+from garserve.evaluation.score import described
+from garserve.inputs.images import load_image
+from garserve.inputs.processor import PreparedRequest
+from garserve.inputs.request import RegionRequest
+from garserve.model.random_checkpoint import write_files
+from garserve.presets import preset
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools" / "train_tiny"))
+import attributes
+import shapes
+
+REGIONS = 20  # of each picture
+ATTRIBUTES = ("colour", "size", "position")
+GROUPS = (1, 4)
+_BLOCK = 16  # tokens of a KV block of vLLM on a GPU
+
+
+@dataclass(frozen=True)
+class Data:
+    """A requests file and what is true of each of its regions, by id."""
+
+    path: Path
+    truth: dict[str, dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a job did."""
+
+    totals: Totals
+    texts: dict[str, str]
+
+
+def main(
+    pictures: Annotated[int, typer.Option(help="Pictures of 20 regions each.")] = 20,
+    loop: Annotated[int, typer.Option(help="Regions that the loop of describe calls is timed over.")] = 60,
+    block: Annotated[int, typer.Option(help="Tokens of a KV block; what is shared is shared in whole blocks.")] = 32,
+    workers: Annotated[int, typer.Option(help="Processes that prepare.")] = 1,
+    save_results: Annotated[bool, typer.Option("--save", help="Write benchmarks/results/.../batch.json.")] = False,
+) -> None:
+    """Run both forms and the loop, and print them side by side."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = _data(Path(folder), pictures)
+        runs = {group: _batch(data, Path(folder) / f"group{group}.jsonl", group, block, workers) for group in GROUPS}
+        ids = list(data.truth)[:loop]
+        texts, seconds = _describe_loop(data, ids, block)
+        wrong = [one for one, text in texts.items() if runs[1].texts[one] != text]
+        if wrong:
+            raise SystemExit(
+                f"{len(wrong)} of {len(texts)} texts differ between batch and loop ({wrong[0]}): no figures"
+            )
+    figures = {f"group {group}": _figures(run, data) for group, run in runs.items()}
+    figures["loop of describe"] = {"regions": len(ids), "regions_per_second": round(len(ids) / seconds, 2)}
+    figures["GAR-1B, tokens counted"] = _released_shape()
+    _print(figures)
+    if save_results:
+        conditions = (
+            f"tiny checkpoint in vLLM on the CPU, {pictures} pictures of {REGIONS} regions, descriptions, KV blocks of "
+            f"{block} tokens, {workers} preparing processes beside the engine; the loop calls Engine.describe for one "
+            f"region at a time. GAR-1B: prompts of its shape for {REGIONS} regions of a picture of 16 tiles, KV blocks "
+            f"of {_BLOCK} tokens, nothing run."
+        )
+        print(save("batch", figures, conditions))
+
+
+def _data(folder: Path, count: int) -> Data:
+    """Write requests about regions of random shapes on the evaluation's pictures, with the labels of their pixels."""
+    lines, truth = [], {}
+    for path in sorted((PACKAGED / "images").iterdir())[:: max(len(list((PACKAGED / "images").iterdir())) // count, 1)]:
+        image = load_image(path)
+        rng = np.random.default_rng(len(truth))
+        for number in range(REGIONS):
+            mask = _mask(rng, image)
+            identity = f"{path.stem}/{number}"
+            truth[identity] = {
+                name: word for name in ATTRIBUTES if (word := getattr(attributes.labels(image, mask), name)) is not None
+            }
+            lines.append({"id": identity, "image": str(path), "regions": [{"rle": encoded(mask)}]})
+        if len(truth) >= count * REGIONS:
+            break
+    target = folder / "requests.jsonl"
+    target.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return Data(target, truth)
+
+
+def _mask(rng: np.random.Generator, image: Any) -> Any:
+    height, width = image.shape[:2]
+    while True:
+        mask = shapes.random_shape(rng, height, width, shapes.random_area(rng, 0.004, 0.15))
+        if mask.sum() >= 0.002 * mask.size:
+            return mask
+
+
+def _batch(data: Data, output: Path, group: int, block: int, workers: int) -> Run:
+    plan = Plan(
+        input=data.path,
+        output=output,
+        preparation=Preparation(str(resolve(TINY)), group=group, max_tokens=48),
+        limits=Limits(),
+        workers=workers,
+    )
+    totals = run_job(plan, lambda: garserve.load(block_size=block))
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    if any("error" in row for row in rows) or len(rows) != len(data.truth):
+        raise SystemExit(f"group {group}: {totals.errors} errors, {len(rows)} of {len(data.truth)} rows: no figures")
+    return Run(totals, {row["id"]: row["text"] for row in rows})
+
+
+def _describe_loop(data: Data, ids: list[str], block: int) -> tuple[dict[str, str], float]:
+    """Describe regions one call at a time."""
+    lines = {line["id"]: line for line in map(json.loads, data.path.read_text().splitlines())}
+    texts = {}
+    with garserve.load(block_size=block) as engine:
+        engine.describe(lines[ids[-1]]["image"], lines[ids[-1]]["regions"], max_tokens=48)  # warm
+        start = time.perf_counter()
+        for identity in ids:
+            line = lines[identity]
+            texts[identity] = engine.describe(line["image"], line["regions"], max_tokens=48)[0].text
+        return texts, time.perf_counter() - start
+
+
+def _figures(run: Run, data: Data) -> dict[str, Any]:
+    right = {name: [0, 0] for name in ATTRIBUTES}
+    for identity, words in data.truth.items():
+        for name, word in words.items():
+            right[name][0] += described(name, run.texts[identity]) == word
+            right[name][1] += 1
+    totals = run.totals
+    prefilled = totals.prompt_tokens - totals.cached_tokens
+    hits, count = (sum(pair[i] for pair in right.values()) for i in (0, 1))
+    return {
+        "regions": totals.regions,
+        "regions_per_second": round(totals.regions_per_second, 2),
+        "prompt_tokens_per_region": round(totals.prompt_tokens / totals.regions, 1),
+        "prefilled_tokens_per_region": round(prefilled / totals.regions, 1),
+        "tiles_reused": round(totals.tile_hit_rate or 0.0, 3),
+        "engine_waited_for_input": round(totals.idle_share, 4),
+        "true_attributes": {name: f"{100 * a / b:.1f} % of {b}" for name, (a, b) in right.items()},
+        "true_attributes_all": round(100 * hits / count, 2),
+    }
+
+
+def _released_shape() -> dict[str, Any]:
+    """Count the tokens that have to be prefilled for 20 regions of one picture at GAR-1B's shape."""
+    with tempfile.TemporaryDirectory() as folder:
+        config, preprocessor = preset("GAR-1B")
+        write_files(Path(folder), config, preprocessor, "")
+        processor = Preparation(folder).processor()
+    image = np.random.default_rng(0).integers(0, 255, (1792, 1792, 3)).astype(np.uint8)
+    boxes = [{"box": [80 * i, 70 * i, 80 * i + 150, 70 * i + 200]} for i in range(REGIONS)]
+    figures: dict[str, Any] = {}
+    for group in (1, 2, 4, 5):
+        requests = []
+        for start in range(0, REGIONS, group):
+            regions = boxes[start : start + group]
+            whole = RegionRequest(image, regions, "q")
+            for number in range(len(regions)):
+                question = f"Describe <Prompt{number}> in detail."
+                request = (
+                    RegionRequest(image, regions) if group == 1 else replace(whole, question=question, focus=[number])
+                )
+                requests.append(processor(request))
+        figures[f"group {group}"] = round(_prefilled(requests) / REGIONS, 1)
+    figures["ratio 1 to 4"] = round(figures["group 1"] / figures["group 4"], 2)
+    return figures
+
+
+def _prefilled(requests: list[PreparedRequest]) -> int:
+    """Count the tokens beyond the longest prefix, in whole blocks, that an earlier request has in common."""
+    known: set[bytes] = set()
+    total = 0
+    for prepared in requests:
+        # A placeholder stands for its item: positions of other items are other tokens.
+        tokens: list[Any] = list(prepared.token_ids)
+        for item, (start, stop) in zip(prepared.items, prepared.spans, strict=True):
+            tokens[start:stop] = [item.hash] * (stop - start)
+        blocks = [json.dumps(tokens[:end]).encode() for end in range(_BLOCK, len(tokens), _BLOCK)]
+        hits = next((i for i, prefix in enumerate(blocks) if prefix not in known), len(blocks))
+        total += len(tokens) - hits * _BLOCK
+        known.update(blocks)
+    return total
+
+
+def _print(figures: dict[str, dict[str, Any]]) -> None:
+    table = Table("", *(name for name in figures if not name.startswith("GAR")))
+    shown = [values for name, values in figures.items() if not name.startswith("GAR")]
+    for key in shown[0]:
+        table.add_row(key, *(str(values.get(key, "")) for values in shown))
+    console = Console()
+    console.print(table)
+    one, loop = figures["group 1"], figures["loop of describe"]
+    console.print(f"batch against the loop: {one['regions_per_second'] / loop['regions_per_second']:.1f} x regions/s")
+    ratio = one["prefilled_tokens_per_region"] / figures["group 4"]["prefilled_tokens_per_region"]
+    console.print(f"prefilled tokens, one by one against groups of 4: {ratio:.2f} x")
+    console.print(f"at GAR-1B's shape, prefilled tokens a region: {figures['GAR-1B, tokens counted']}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

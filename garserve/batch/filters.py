@@ -1,0 +1,115 @@
+"""Which records of an input a job answers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+from pycocotools import mask as coco
+
+from garserve.batch.record import Record
+from garserve.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part `index` of `count`: every record belongs to exactly one, and all records of an image to the same."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Shard":
+        """Read "i/n", i from 0; RequestError where it is not."""
+        first, slash, second = text.partition("/")
+        if slash and first.isdigit() and second.isdigit() and int(first) < int(second):
+            return cls(int(first), int(second))
+        raise RequestError(f"--shard: expected i/n with i from 0 to n - 1, got {text!r:.80}")
+
+    def holds(self, record: Record) -> bool:
+        """Say whether a record belongs to the shard: by a hash of its image's name."""
+        name = (record.image_name or record.place).encode("utf-8", "surrogatepass")
+        if record.image_name == "data URL":
+            name = str(record.image).encode("ascii", "replace")
+        return int.from_bytes(blake3(name).digest(8), "big") % self.count == self.index
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What is let through; areas in pixels. A record that cannot be used goes through any of them but the ids."""
+
+    categories: frozenset[str] = frozenset()
+    min_area: float | None = None
+    max_area: float | None = None
+    ids: frozenset[str] = frozenset()
+    limit: int | None = None
+    shard: Shard | None = None
+
+    def of(self, records: Iterator[Record]) -> Iterator[Record]:
+        """Yield the records that pass; of the first `limit` of them, those of the shard."""
+        passing = islice((one for one in map(self._with_area, records) if self._passes(one)), self.limit)
+        return passing if self.shard is None else filter(self.shard.holds, passing)
+
+    def expected(self, total: int | None) -> int | None:
+        """Return how many of `total` records pass, where that can be known beforehand."""
+        if total is None or self.categories or self.ids or self.min_area is not None or self.max_area is not None:
+            return None
+        passing = total if self.limit is None else min(total, self.limit)
+        return passing if self.shard is None else passing // self.shard.count
+
+    def _passes(self, record: Record) -> bool:
+        if self.ids and str(record.key) not in self.ids:
+            return False
+        if record.error is not None:
+            return True
+        if self.categories and record.category not in self.categories:
+            return False
+        area = record.area
+        return area is None or (
+            (self.min_area is None or area >= self.min_area) and (self.max_area is None or area <= self.max_area)
+        )
+
+    def _with_area(self, record: Record) -> Record:
+        """Measure the regions where an area is asked for and the source does not state it."""
+        if (self.min_area is None and self.max_area is None) or record.area is not None or record.error is not None:
+            return record
+        try:
+            return replace(record, area=sum(map(region_area, record.regions)))
+        except RequestError as error:
+            return replace(record, error=str(error))
+
+
+def region_area(region: Any) -> float:
+    """Return a region's area in pixels without its image; RequestError where that cannot be known."""
+    try:
+        if isinstance(region, dict) and ("rle" in region or "counts" in region):
+            return _rle_area(region.get("rle", region))
+        if isinstance(region, list) or (isinstance(region, dict) and "box" in region):
+            x1, y1, x2, y2 = map(float, region["box"] if isinstance(region, dict) else region)
+            return max(x2 - x1, 0.0) * max(y2 - y1, 0.0)
+        if isinstance(region, dict) and "xywh" in region:
+            return float(region["xywh"][2]) * float(region["xywh"][3])
+        if isinstance(region, dict) and "polygon" in region:
+            return _polygon_area(region["polygon"])
+    except (TypeError, ValueError, LookupError, OverflowError):
+        raise RequestError(f"area: cannot be measured for the region {region!r:.80}") from None
+    raise RequestError(f"area: not known for a region like {region!r:.60}; filter by area needs RLE, polygon or box")
+
+
+def _rle_area(rle: dict[str, Any]) -> float:
+    counts = rle["counts"]
+    if isinstance(counts, list):
+        return float(sum(int(run) for run in counts[1::2]))
+    return float(coco.area({"size": [int(side) for side in rle["size"]], "counts": counts}))
+
+
+def _polygon_area(polygon: Any) -> float:
+    """Sum the areas of rings, by the shoelace formula; holes and overlaps are not looked for."""
+    first = polygon[0]
+    if isinstance(first, list) and (len(first) != 2 or not isinstance(first[0], int | float)):
+        return sum(map(_polygon_area, polygon))
+    points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
+    x, y = points[:, 0], points[:, 1]
+    return float(abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2)

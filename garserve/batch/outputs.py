@@ -1,0 +1,128 @@
+"""Other forms of a finished output: COCO's JSON with captions, and Parquet. Both are written whole or not at all."""
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from garserve.batch.journal import read_rows
+from garserve.batch.record import id_text
+from garserve.batch.source import Format
+from garserve.batch.source_coco import items
+from garserve.batch.source_parquet import parquet_module
+from garserve.batch.sources import detect
+from garserve.errors import GarserveError, RequestError
+
+_ROWS = 1000  # of a row group
+_NUMBERS = ("prompt_tokens", "cached_tokens", "answer_tokens")
+_SECONDS = ("prepare_s", "engine_s")
+_TEXTS = ("text", "error", "finish_reason", "form", "image", "category", "question", "place")
+
+
+def check_coco(source: Path, form: Format | None, target: Path) -> None:
+    """Check that an input can become COCO's JSON with captions, and that this can be written; RequestError if not."""
+    found = form or detect(source)
+    if found not in (Format.coco, Format.dlc_bench):
+        raise RequestError(f"--coco: expected annotations in COCO's format as the input, got {found}")
+    _check_target("--coco", target, source)
+
+
+def check_parquet(source: Path, target: Path) -> None:
+    """Check that Parquet can be written there; RequestError if not."""
+    parquet_module()
+    _check_target("--parquet", target, source)
+
+
+def write_coco(source: Path, output: Path, target: Path) -> int:
+    """Copy COCO's JSON, with a "caption" in each annotation that was answered; return how many were.
+
+    Of the top level, "info", "licenses", "images", "annotations" and "categories" are kept.
+    """
+    captions = sqlite3.connect("")  # SQLite's own temporary file
+    captions.execute("CREATE TABLE captions (id TEXT PRIMARY KEY, text TEXT) WITHOUT ROWID")
+    rows = ((id_text(row["id"]), json.dumps(row["text"])) for row in read_rows(output) if "text" in row)
+    captions.executemany("INSERT OR REPLACE INTO captions VALUES (?, ?)", rows)
+    count = 0
+
+    def with_captions() -> Iterator[dict[str, Any]]:
+        nonlocal count
+        for number, one in enumerate(items(source, "annotations.item"), start=1):
+            key = id_text(one["id"] if isinstance(one.get("id"), str | int) else f"annotation-{number}")
+            found = captions.execute("SELECT text FROM captions WHERE id = ?", (key,)).fetchone()
+            count += found is not None
+            yield one if found is None else {**one, "caption": json.loads(found[0])}
+
+    def write(path: Path) -> None:
+        with path.open("w", encoding="utf-8") as file:
+            info = next(items(source, "info"), {})
+            file.write('{"info": ' + json.dumps(info))
+            for name in ("licenses", "images", "categories"):
+                _write_array(file.write, name, items(source, f"{name}.item"))
+            _write_array(file.write, "annotations", with_captions())
+            file.write("}\n")
+
+    try:
+        _replace(target, write)
+    finally:
+        captions.close()
+    return count
+
+
+def write_parquet(output: Path, target: Path) -> int:
+    """Write an output's rows as Parquet, ids as texts and regions as JSON; return how many there are."""
+    parquet = parquet_module()
+    import pyarrow as arrow
+
+    names = ("id", *_TEXTS, *_NUMBERS, *_SECONDS, "regions")
+    kinds = {**dict.fromkeys(_NUMBERS, arrow.int64()), **dict.fromkeys(_SECONDS, arrow.float64())}
+    schema = arrow.schema([(name, kinds.get(name, arrow.string())) for name in names])
+    count = 0
+
+    def write(path: Path) -> None:
+        nonlocal count
+        with parquet.ParquetWriter(path, schema) as writer:
+            remaining = read_rows(output)
+            while rows := list(islice(remaining, _ROWS)):
+                columns = {name: [_cell(row, name) for row in rows] for name in names}
+                writer.write_table(arrow.table(columns, schema=schema))
+                count += len(rows)
+
+    _replace(target, write)
+    return count
+
+
+def _cell(row: dict[str, Any], name: str) -> Any:
+    if name == "id":
+        return str(row["id"]).encode("utf-8", "backslashreplace").decode()
+    if name == "regions":
+        return json.dumps(row.get("regions", []))
+    value = row.get(name)
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+
+
+def _write_array(write: Callable[[str], Any], name: str, elements: Iterator[dict[str, Any]]) -> None:
+    write(f', "{name}": [')
+    for number, element in enumerate(elements):
+        write((",\n" if number else "\n") + json.dumps(element))
+    write("]")
+
+
+def _check_target(option: str, target: Path, source: Path) -> None:
+    if not target.parent.is_dir():
+        raise RequestError(f"{option} {target}: no such folder: {target.parent}")
+    if target.exists() and (not target.is_file() or target.samefile(source)):
+        raise RequestError(f"{option} {target}: is {'the input itself' if target.is_file() else 'no regular file'}")
+
+
+def _replace(target: Path, write: Callable[[Path], None]) -> None:
+    """Write beside the target, and put it there when it is whole."""
+    beside = target.with_name(f".{target.name}.new")
+    try:
+        write(beside)
+        beside.replace(target)
+    except OSError as error:
+        raise GarserveError(f"output {target}: cannot be written ({error.strerror or error})") from None
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,142 @@
+"""Worker processes that prepare ahead of the engine, and what happens when one of them dies."""
+
+import json
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection, wait
+
+import numpy as np
+
+from garserve.batch.bundles import Bundle
+from garserve.batch.parcel import Parcel
+from garserve.batch.prepare import Preparation, Preparer
+from garserve.batch.worker import receive_parcel, send_bundle
+from garserve.errors import GarserveError
+
+COMMAND = (sys.executable, "-m", "garserve.batch.worker")
+_ATTEMPTS = 3  # a bundle that kills so many workers is given up
+_POLL_SECONDS = 0.5
+
+Prepared = tuple[Bundle, Parcel]
+
+
+@dataclass
+class _Task:
+    bundle: Bundle
+    attempts: int = 0
+
+
+class _Worker:
+    def __init__(self, preparation: Preparation, command: Sequence[str]) -> None:
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            self.process = subprocess.Popen([*command, str(theirs.fileno())], pass_fds=[theirs.fileno()])  # noqa: S603
+            self.connection = Connection(ours.detach())
+        self.connection.send_bytes(json.dumps(asdict(preparation)).encode())
+        self.task: _Task | None = None
+
+    def end(self) -> int:
+        """Close the connection, at which a worker ends by itself; return the exit code."""
+        self.connection.close()
+        try:
+            return self.process.wait(timeout=2)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
+
+
+class WorkerPool:
+    """`count` worker processes; with 0, bundles are prepared in the calling thread. Close it, or use `with`."""
+
+    def __init__(self, preparation: Preparation, count: int, *, command: Sequence[str] = COMMAND) -> None:
+        """Start the workers; they read their processors while the caller does something else."""
+        self._preparation, self._command = preparation, command
+        self._inline = Preparer(preparation)
+        self._workers = [_Worker(preparation, command) for _ in range(count)]
+        self.deaths = 0
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers."""
+        return [worker.process.pid for worker in self._workers]
+
+    def parcels(self, bundles: Iterator[Bundle], stopped: Callable[[], bool] = lambda: False) -> Iterator[Prepared]:
+        """Yield each bundle with its parcel, in whatever order they are ready; ends early where `stopped` says so."""
+        if not self._workers:
+            for bundle in bundles:
+                if stopped():
+                    return
+                yield bundle, self._inline(bundle)
+            return
+        again: deque[_Task] = deque()
+        exhausted = False
+        while not stopped():
+            for worker in (one for one in self._workers if one.task is None):
+                task = again.popleft() if again else None
+                if task is None and not exhausted:
+                    following = next(bundles, None)
+                    exhausted = following is None
+                    task = _Task(following) if following is not None else None
+                if task is not None:
+                    self._give(worker, task)
+            busy = {worker.connection: worker for worker in self._workers if worker.task is not None}
+            if not busy:
+                return
+            for connection in wait(list(busy), timeout=_POLL_SECONDS):
+                yield from self._collect(busy[connection], again)  # type: ignore[index]
+
+    def _give(self, worker: _Worker, task: _Task) -> None:
+        worker.task = task
+        with suppress(OSError):  # it died while it had nothing to do: the next wait finds its connection's end
+            send_bundle(worker.connection, task.bundle)
+
+    def _collect(self, worker: _Worker, again: deque[_Task]) -> Iterator[Prepared]:
+        task = worker.task
+        if task is None:
+            return
+        try:
+            parcel = receive_parcel(worker.connection)
+        except (EOFError, OSError):
+            code = self._replace(worker)
+            task.attempts += 1
+            if task.attempts < _ATTEMPTS:
+                again.append(task)
+                return
+            yield task.bundle, _given_up(task.bundle, code)
+            return
+        worker.task = None
+        yield task.bundle, parcel
+
+    def _replace(self, dead: _Worker) -> int:
+        self.deaths += 1
+        code = dead.end()
+        if self.deaths > 20 + 4 * len(self._workers):
+            raise GarserveError(f"workers keep dying ({self.deaths} times, exit code {code}): is there memory enough?")
+        self._workers[self._workers.index(dead)] = _Worker(self._preparation, self._command)
+        return code
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self._workers:
+            worker.connection.close()
+        for worker in self._workers:
+            worker.end()
+        self._workers = []
+
+    def __enter__(self) -> "WorkerPool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _given_up(bundle: Bundle, code: int) -> Parcel:
+    how = f"killed by signal {-code}; out of memory?" if code < 0 else f"exit code {code}"
+    message = f"the worker that prepared it died ({how})"
+    errors = {position: message for position, wanted in enumerate(bundle.wanted) if wanted}
+    return Parcel(np.zeros((0, 3, 1, 1), np.uint8), errors=errors)

@@ -1,0 +1,82 @@
+"""A whole job, from an input to an output: what `garserve batch` does, without its words."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from garserve.batch.feeder import Feeder
+from garserve.batch.filters import Filters
+from garserve.batch.identity import check_job, describe_job
+from garserve.batch.job import Job, Limits, Stop
+from garserve.batch.journal import Journal
+from garserve.batch.ledger import Ledger
+from garserve.batch.pool import WorkerPool
+from garserve.batch.prepare import Preparation
+from garserve.batch.source import Format, Reading
+from garserve.batch.sources import open_source
+from garserve.batch.totals import Totals
+from garserve.engine import Engine
+from garserve.errors import RequestError
+
+Watch = Callable[[Job, Feeder], AbstractContextManager[object]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a person says about a job. `workers` 0 prepares in a thread of this process.
+
+    `mix` adds to an output that another checkpoint, prompt or tiling began; `retry_errors` asks error rows again.
+    """
+
+    input: Path
+    output: Path
+    preparation: Preparation
+    format: Format | None = None
+    reading: Reading = field(default_factory=Reading)
+    filters: Filters = field(default_factory=Filters)
+    limits: Limits = field(default_factory=Limits)
+    workers: int = 0
+    mix: bool = False
+    retry_errors: bool = False
+    vision: str | None = None  # what computes tiles, where it is not the tower in torch
+
+
+def run_job(
+    plan: Plan,
+    open_engine: Callable[[], Engine],
+    *,
+    stop: Stop | None = None,
+    totals: Totals | None = None,
+    watch: Watch | None = None,
+) -> Totals:
+    """Answer whatever of an input its output does not hold yet, and return what was done.
+
+    `stop` says afterwards whether and why the job ended early. Raises RequestError before anything is written where
+    the input or the output cannot be used, or where the output was begun by another job.
+    """
+    if plan.output.exists() and plan.input.exists() and plan.output.samefile(plan.input):
+        raise RequestError(f"output {plan.output}: is the input itself")
+    source = open_source(plan.input, plan.format, plan.reading)
+    totals = totals or Totals()
+    with ExitStack() as stack:
+        journal = stack.enter_context(Journal(plan.output))
+        description = describe_job(
+            plan.preparation, plan.filters, each_region=plan.reading.each_region, vision=plan.vision
+        )
+        check_job(journal, description, mix=plan.mix)
+        if plan.retry_errors:
+            journal.drop_errors()
+        ledger = Ledger()
+        stack.callback(ledger.close)
+        totals.before = ledger.answered(row["id"] for row in journal.rows())
+        pool = stack.enter_context(WorkerPool(plan.preparation, plan.workers))
+        job = Job(open_engine, journal, limits=plan.limits, totals=totals, stop=stop)
+        group, split = plan.preparation.group, plan.reading.each_region
+        feeder = Feeder(source, plan.filters, ledger, pool, job.events, group=group, split_regions=split)
+        with watch(job, feeder) if watch else nullcontext():
+            job.run(feeder)
+        totals.worker_deaths = pool.deaths
+        totals.total = feeder.total
+        totals.seconds = totals.elapsed()
+    return totals

@@ -1,0 +1,129 @@
+"""COCO's and LVIS's instances, and DLC-Bench, which has the same form: one record an annotation.
+
+The file may be larger than memory. It is parsed as a stream into a temporary table on disk, because annotations come
+in any order and those of one image belong together.
+"""
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ijson
+
+from garserve.batch.record import Record
+from garserve.batch.source import Reading, located
+from garserve.errors import InputError, RequestError
+
+_TABLES = """
+CREATE TABLE images (id TEXT PRIMARY KEY, name TEXT);
+CREATE TABLE annotations (number INTEGER PRIMARY KEY, image TEXT, data TEXT);
+"""
+
+
+class CocoSource:
+    """Annotations by image, images in the file's order."""
+
+    def __init__(self, path: Path, reading: Reading) -> None:
+        self.path = path
+        self.total: int | None = None
+        self._folders = image_folders(path, reading)
+
+    def records(self) -> Iterator[Record]:
+        """Yield every annotation; RequestError where the file is not COCO's JSON."""
+        table = sqlite3.connect("")  # SQLite's own temporary file; it is gone with the connection
+        try:
+            categories = self._fill(table)
+            (self.total,) = table.execute("SELECT count(*) FROM annotations").fetchone()
+            rows = table.execute(
+                "SELECT annotations.number, images.name, annotations.data FROM annotations "
+                "LEFT JOIN images ON images.id = annotations.image ORDER BY images.rowid, annotations.number"
+            )
+            for number, name, data in rows:
+                yield self._record(number, name, json.loads(data), categories)
+        finally:
+            table.close()
+
+    def _fill(self, table: sqlite3.Connection) -> dict[Any, str]:
+        table.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;" + _TABLES)
+        table.executemany(
+            "INSERT OR IGNORE INTO images VALUES (?, ?)",
+            ((json.dumps(one.get("id")), _file_name(one)) for one in items(self.path, "images.item")),
+        )
+        table.executemany(
+            "INSERT INTO annotations VALUES (?, ?, ?)",
+            (
+                (number, json.dumps(one.get("image_id")), json.dumps(one))
+                for number, one in enumerate(items(self.path, "annotations.item"), start=1)
+            ),
+        )
+        table.execute("CREATE INDEX by_image ON annotations (image, number)")
+        return {one.get("id"): str(one.get("name")) for one in items(self.path, "categories.item")}
+
+    def _record(self, number: int, name: str | None, data: dict[str, Any], categories: dict[Any, str]) -> Record:
+        place = f"annotation {number}"
+        identity = data.get("id") if isinstance(data.get("id"), str | int) else None
+        if not name:
+            return Record(place, identity, error=f"image_id: no image {data.get('image_id')!r:.80} in {self.path.name}")
+        image = located(name, self._folders)
+        try:
+            region = annotation_region(data)
+        except InputError as error:
+            return Record(place, identity, image_name=image, error=str(error))
+        known = data.get("category_id")
+        return Record(
+            place=place,
+            id=identity,
+            image=image,
+            image_name=image,
+            regions=(region,),
+            category=categories.get(known, None if known is None else str(known)),
+            area=stated_area(data),
+        )
+
+
+def items(path: Path, prefix: str) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSON array one by one; RequestError where the file is not JSON."""
+    try:
+        with path.open("rb") as file:
+            for one in ijson.items(file, prefix, use_float=True):
+                yield one if isinstance(one, dict) else {}
+    except (ijson.JSONError, UnicodeDecodeError) as error:
+        raise RequestError(f"input {path}: not JSON ({' '.join(str(error).split())[:120]})") from None
+
+
+def annotation_region(data: dict[str, Any]) -> dict[str, Any]:
+    """Return an annotation's region as Region.parse takes it: polygons, RLE, or else the box."""
+    shape = data.get("segmentation")
+    if isinstance(shape, dict):
+        return {"rle": shape}
+    if isinstance(shape, list) and shape:
+        return {"polygon": shape}
+    if data.get("bbox"):
+        return {"xywh": data["bbox"], "clip": True}
+    raise RequestError("annotation: expected a segmentation or a bbox, got none")
+
+
+def stated_area(data: dict[str, Any]) -> float | None:
+    """Return the area that an annotation states, in pixels."""
+    area = data.get("area")
+    return float(area) if isinstance(area, int | float) else None
+
+
+def image_folders(path: Path, reading: Reading) -> list[Path]:
+    """Where images of an annotation file may lie: as told, or beside it, in images/, or in COCO's val2017/."""
+    if reading.images is not None:
+        return [reading.images]
+    split = path.stem.rsplit("_", 1)[-1]
+    beside, above = path.parent, path.parent.parent
+    near = [beside, beside / "images", above / split, above / "images" / split, above]
+    return [folder for folder in near if folder.is_dir()]
+
+
+def _file_name(image: dict[str, Any]) -> str | None:
+    """Return an image's name; LVIS has it in the URL alone, with COCO's folder before it."""
+    if isinstance(image.get("file_name"), str):
+        return str(image["file_name"])
+    url = image.get("coco_url")
+    return "/".join(url.rsplit("/", 2)[-2:]) if isinstance(url, str) else None

@@ -1,0 +1,80 @@
+"""A folder of images with masks of the same names: images/ and masks/ in it, or pictures with PNGs beside them.
+
+A mask of one value is one region. A palette picture, or a grey one of several values, has one region for each value;
+0 is the background, and 255 of a palette the border that belongs to nobody (as in Pascal VOC).
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from garserve.batch.record import Record
+from garserve.batch.source import Reading
+from garserve.errors import InputError, RequestError
+from garserve.inputs.images import load_mask
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+_VOID = 255
+
+
+class FolderSource:
+    """One record a region; ids are NAME, or NAME:VALUE where a mask has several."""
+
+    def __init__(self, path: Path, reading: Reading) -> None:
+        self.path = path
+        self.total: int | None = None
+        inner = path / "images"
+        self._images = reading.images or (inner if inner.is_dir() else path)
+        inner = path / "masks"
+        self._masks = reading.masks or (inner if inner.is_dir() else self._images)
+
+    def records(self) -> Iterator[Record]:
+        """Yield every region, picture by picture in the order of their names."""
+        for name in sorted(os.listdir(self._images)):
+            image = self._images / name
+            if image.suffix.lower() not in SUFFIXES or not image.is_file():
+                continue
+            mask = self._masks / f"{image.stem}.png"
+            if mask == image:
+                continue  # beside its picture: this is the mask itself
+            yield from self._regions(image, mask)
+
+    def _regions(self, image: Path, mask: Path) -> Iterator[Record]:
+        place, name = image.name, os.path.abspath(image)
+        try:
+            if not mask.is_file():
+                raise RequestError(f"mask: no such file: {mask}")
+            values = mask_values(mask)
+        except InputError as error:
+            yield Record(place, image.stem, image_name=name, error=str(error))
+            return
+        path = os.path.abspath(mask)
+        if len(values) <= 1:  # none at all is refused where the region is drawn
+            yield Record(place, image.stem, name, name, ({"mask": path},))
+            return
+        for value, pixels in values.items():
+            region = {"mask": path, "value": value}
+            yield Record(f"{place} value {value}", f"{image.stem}:{value}", name, name, (region,), area=pixels)
+
+
+def mask_values(path: Path) -> dict[int, int]:
+    """Return the values of a mask picture that mark regions, and how many pixels each has."""
+    array, palette = read_values(path)
+    values, counts = np.unique(array, return_counts=True)
+    found = {int(value): int(count) for value, count in zip(values, counts, strict=True) if value != 0}
+    if palette and len(found) > 1:
+        found.pop(_VOID, None)
+    return found
+
+
+def read_values(path: Path) -> tuple[NDArray[Any], bool]:
+    """Return a mask picture's values [H, W] and whether it has a palette; ImageError, or RequestError if coloured."""
+    picture = load_mask(path)
+    array = np.asarray(picture)
+    if array.ndim != 2:
+        raise RequestError(f"mask {path}: expected a grey, black-and-white or palette picture, got mode {picture.mode}")
+    return array, picture.mode == "P"

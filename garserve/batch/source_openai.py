@@ -1,0 +1,132 @@
+"""The file format of OpenAI's batches: {"custom_id", "method", "url", "body"} a line, the body a chat request.
+
+The regions are in the body, as "regions" or as plain vLLM has them, in "mm_processor_kwargs".
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import unquote, urlparse
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from garserve.batch.record import Record
+from garserve.batch.request_line import refusal
+from garserve.batch.source import Reading
+from garserve.batch.source_jsonl import count_lines, identity, json_lines
+from garserve.errors import InputError, RequestError
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+class _ImageURL(_Strict):
+    url: str
+
+
+class _Image(_Strict):
+    type: Literal["image_url"]
+    image_url: _ImageURL
+
+
+class _Text(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+class _Message(_Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Annotated[_Image | _Text, Field(discriminator="type")]]
+
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(part.text for part in self.content if isinstance(part, _Text))
+
+    def images(self) -> list[str]:
+        return [] if isinstance(self.content, str) else [p.image_url.url for p in self.content if isinstance(p, _Image)]
+
+
+class _Kwargs(_Strict):
+    regions: list[Any] | None = None
+
+
+class _Body(_Strict):
+    messages: list[_Message]
+    regions: list[Any] | None = None
+    mm_processor_kwargs: _Kwargs = Field(default_factory=_Kwargs)
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    temperature: float | None = None
+    seed: int | None = None
+
+
+class _Line(_Strict):
+    custom_id: str
+    method: Literal["POST"] = "POST"
+    url: Literal["/v1/chat/completions"] = "/v1/chat/completions"
+    body: _Body
+
+
+class OpenAISource:
+    """One chat request a line."""
+
+    def __init__(self, path: Path, reading: Reading) -> None:
+        self.path = path
+        self._folder = reading.images or path.parent
+        self.total = None if reading.each_region else count_lines(path)
+
+    def records(self) -> Iterator[Record]:
+        """Yield a record for every line that is not blank."""
+        for place, data, error in json_lines(self.path):
+            if error is not None:
+                yield Record(place, error=error)
+                continue
+            try:
+                yield _record(_Line.model_validate(data), place, self._folder)
+            except ValidationError as wrong:
+                yield Record(place, identity(data, "custom_id"), error=str(refusal(wrong)))
+            except InputError as wrong:
+                yield Record(place, identity(data, "custom_id"), error=str(wrong))
+
+
+def _record(line: _Line, place: str, folder: Path) -> Record:
+    messages = list(line.body.messages)
+    options: dict[str, Any] = {}
+    if messages and messages[0].role in ("system", "developer"):
+        options["system"] = messages.pop(0).text()
+    images = [url for message in messages for url in message.images()]
+    if not messages or messages[0].role != "user" or len(messages[0].images()) != 1 or len(images) != 1:
+        raise RequestError(f"messages: expected one image, in the first message of the user, got {len(images)}")
+    if len(messages) > 1:
+        options["turns"] = [[message.role, message.text()] for message in messages[1:]]
+    regions = line.body.regions if line.body.regions is not None else line.body.mm_processor_kwargs.regions
+    if regions is None:
+        raise RequestError("body: regions: missing; a request names the regions of its image")
+    image = _local(images[0], folder)
+    options |= {
+        "question": messages[0].text().strip() or None,
+        "max_tokens": line.body.max_completion_tokens or line.body.max_tokens,
+        "temperature": line.body.temperature,
+        "seed": line.body.seed,
+    }
+    return Record(
+        place=place,
+        id=line.custom_id,
+        image=image,
+        image_name="data URL" if image.startswith("data:") else image,
+        regions=tuple(regions),
+        options={name: value for name, value in options.items() if value is not None},
+    )
+
+
+def _local(url: str, folder: Path) -> str:
+    """Return a data URL as it is and anything else as a path; nothing is fetched from elsewhere."""
+    if url.startswith("data:"):
+        return url
+    parsed = urlparse(url)
+    if parsed.scheme not in ("", "file"):
+        raise RequestError(f"image_url: expected a data URL, a path or file://, got {url!r:.80}; nothing is fetched")
+    return os.path.abspath(folder / (unquote(parsed.path) if parsed.scheme else url))

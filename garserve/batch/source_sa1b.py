@@ -1,0 +1,52 @@
+"""SA-1B: one JSON file an image, beside it: one record an annotation."""
+
+import json
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from garserve.batch.record import Record
+from garserve.batch.source import Reading, located
+from garserve.batch.source_coco import annotation_region, stated_area
+from garserve.errors import InputError
+
+
+class Sa1bSource:
+    """A file, or a folder with any number of them."""
+
+    def __init__(self, path: Path, reading: Reading) -> None:
+        self.path = path
+        self.total: int | None = None
+        self._images = reading.images
+
+    def records(self) -> Iterator[Record]:
+        """Yield every annotation, file by file in the order of their names."""
+        paths = sorted(self.path.glob("*.json")) if self.path.is_dir() else [self.path]
+        return chain.from_iterable(map(self._file, paths))
+
+    def _file(self, path: Path) -> Iterator[Record]:
+        try:
+            data = json.loads(path.read_bytes())
+            name = data["image"]["file_name"]
+            annotations = list(data["annotations"])
+        except OSError as error:
+            yield Record(path.name, error=f"{path}: cannot be read ({error.strerror})")
+            return
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            yield Record(path.name, error=f"{path}: not the JSON of an SA-1B image ({type(error).__name__}: {error})")
+            return
+        image = located(str(name), [self._images or path.parent])
+        for number, annotation in enumerate(annotations, start=1):
+            yield _record(annotation, f"{path.stem} annotation {number}", image)
+
+
+def _record(annotation: Any, place: str, image: str) -> Record:
+    if not isinstance(annotation, dict):
+        return Record(place, image_name=image, error=f"annotation: expected an object, got {annotation!r:.80}")
+    identity = annotation.get("id") if isinstance(annotation.get("id"), str | int) else None
+    try:
+        region = annotation_region(annotation)
+    except InputError as error:
+        return Record(place, identity, image_name=image, error=str(error))
+    return Record(place, identity, image, image, (region,), area=stated_area(annotation))

@@ -1,0 +1,395 @@
+"""Faults: whatever happens to a job, its output has whole rows, each id once, and the same texts as without it."""
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from garserve.batch.bundles import Bundle
+from garserve.batch.job import Halt, Stop
+from garserve.batch.journal import Journal, OutputError, read_rows
+from garserve.batch.pool import WorkerPool
+from garserve.batch.prepare import Preparation, encoded
+from garserve.batch.record import Record
+from garserve.errors import RequestError
+from garserve.model.tile_cache import TileCounts
+from tests.batch_data import rows, run_echo, write_requests
+from tests.conftest import write_lines
+from tests.echo import EchoBackend, echo_engine
+
+COUNT = 60
+
+
+def texts(path: Path) -> dict[Any, str]:
+    """Return texts by id, each of which is there once."""
+    found = rows(path)
+    assert len({row["id"] for row in found}) == len(found)
+    return {row["id"]: row["text"] for row in found}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_requests(tmp_path, COUNT)
+
+
+@pytest.fixture
+def whole(source: Path, mini: Path, tmp_path: Path) -> dict[Any, str]:
+    """What an uninterrupted run says."""
+    run_echo(source, tmp_path / "whole.jsonl", mini)
+    return texts(tmp_path / "whole.jsonl")
+
+
+class StoppingBackend(EchoBackend):
+    """Tells a job to stop when it has been asked so often."""
+
+    def __init__(self, stop: Stop, after: int, halt: Halt) -> None:
+        super().__init__()
+        self._stop, self._after, self._halt = stop, after, halt
+
+    def submit(self, *arguments: Any) -> Any:
+        cancel = super().submit(*arguments)
+        if self.submitted == self._after:
+            self._stop.tell("interrupted", self._halt)
+        return cancel
+
+
+@pytest.mark.parametrize("halt", [Halt.drain, Halt.now])
+@pytest.mark.parametrize("group", [1, 4])
+def test_a_stopped_job_goes_on(source: Path, mini: Path, tmp_path: Path, halt: Halt, group: int) -> None:
+    out = tmp_path / "out.jsonl"
+    run_echo(source, tmp_path / "whole.jsonl", mini, group=group)
+    stop = Stop()
+    first = run_echo(source, out, mini, stop=stop, backend=StoppingBackend(stop, 25, halt), group=group)
+    assert stop.reason == "interrupted"
+    assert len(rows(out)) == first.rows < COUNT
+    assert first.rows == 25 if halt is Halt.drain else first.rows < 25
+    second = run_echo(source, out, mini, group=group)
+    assert (second.before, second.rows) == (first.rows, COUNT - first.rows)
+    assert texts(out) == texts(tmp_path / "whole.jsonl")
+
+
+def test_a_finished_job_needs_no_engine(source: Path, mini: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    run_echo(source, out, mini)
+    before = out.read_bytes()
+
+    def none() -> Any:
+        raise AssertionError("an engine was opened for nothing")
+
+    assert run_echo(source, out, mini, engine=none).rows == 0
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize("torn", [b'{"id": "r59", "te', b'{"id": "r0"', b'{"i', b"{", '{"id": "ü'.encode()[:-1]])
+def test_a_torn_last_line_is_cut_off(
+    source: Path, mini: Path, tmp_path: Path, whole: dict[Any, str], torn: bytes
+) -> None:
+    out = tmp_path / "whole.jsonl"
+    kept = out.read_bytes().splitlines(keepends=True)[:30]
+    out.write_bytes(b"".join(kept) + torn)
+    assert run_echo(source, out, mini).rows == COUNT - 30
+    assert texts(out) == whole
+    out.write_bytes(torn)  # nothing but half a row
+    assert run_echo(source, out, mini).rows == COUNT
+    assert texts(out) == whole
+
+
+def test_a_file_of_somebody_else_is_left_as_it_is(source: Path, mini: Path, tmp_path: Path) -> None:
+    for content in (b"my notes\nwithout a last line break", b'[{"id": 1}]\n'):
+        (tmp_path / "notes").write_bytes(content)
+        with pytest.raises(RequestError, match="holds something else than rows"):
+            run_echo(source, tmp_path / "notes", mini)
+        assert (tmp_path / "notes").read_bytes() == content
+
+
+def test_a_broken_line_in_the_middle_is_named(source: Path, mini: Path, tmp_path: Path, whole: dict[Any, str]) -> None:
+    out = tmp_path / "whole.jsonl"
+    lines = out.read_bytes().splitlines(keepends=True)
+    out.write_bytes(b"".join([*lines[:3], b"\0" * 40 + b"\n", *lines[3:]]))
+    with pytest.raises(RequestError, match="line 4 is no row"):
+        run_echo(source, out, mini)
+
+
+def test_a_second_job_on_one_output_is_refused(source: Path, mini: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    with Journal(out), pytest.raises(RequestError, match="another job is writing it"):
+        run_echo(source, out, mini)
+    assert run_echo(source, out, mini).rows == COUNT
+
+
+def test_another_job_does_not_mix_with_an_output(source: Path, mini: Path, mini_copy: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    run_echo(source, out, mini)
+    config = json.loads((mini_copy / "preprocessor_config.json").read_text())
+    (mini_copy / "preprocessor_config.json").write_text(json.dumps(config | {"image_mean": [0.4, 0.5, 0.5]}))
+    for checkpoint, options, part in (
+        (mini_copy, {}, "checkpoint"),
+        (mini, {"question": "What is <Prompt0>?"}, 'question null, now it is "What is <Prompt0>\\?"'),
+        (mini, {"max_num_tiles": 2}, "max_num_tiles 16, now it is 2"),
+        (mini, {"group": 2}, "group 1, now it is 2"),
+        (mini, {"max_tokens": 9}, "max_tokens 3, now it is 9"),
+    ):
+        with pytest.raises(RequestError, match=f"was begun with {part}"):
+            run_echo(source, out, checkpoint, **options)
+    (tmp_path / "out.jsonl.job.json").unlink()
+    with pytest.raises(RequestError, match=r"job\.json: missing or broken"):
+        run_echo(source, out, mini)
+    assert run_echo(source, out, mini, max_tokens=9, mix=True).rows == 0
+    assert run_echo(source, out, mini, max_tokens=9).rows == 0
+
+
+def test_ids_that_come_twice_are_answered_once(mini: Path, tmp_path: Path) -> None:
+    source = write_requests(tmp_path, 6)
+    lines = source.read_text().splitlines()
+    source.write_text("\n".join([*lines, lines[2], lines[2], "{", lines[0].replace('"r0"', "0")]))
+    for _ in range(2):
+        run_echo(source, tmp_path / "out.jsonl", mini)
+        found = {row["id"]: row for row in rows(tmp_path / "out.jsonl")}
+        assert len(rows(tmp_path / "out.jsonl")) == len(found) == 10
+    assert {name for name, row in found.items() if "error" in row} == {"line-7", "line-8", "line-9"}
+    assert found["line-7"]["error"] == "id: 'r2' came up before in this input"
+
+
+def test_images_that_are_missing_or_deleted_in_mid_run(mini: Path, tmp_path: Path) -> None:
+    source = write_requests(tmp_path, 40, images=40)
+    (tmp_path / "3.png").unlink()
+
+    class Deleting(EchoBackend):
+        def submit(self, *arguments: Any) -> Any:
+            (tmp_path / "39.png").unlink(missing_ok=True)
+            return super().submit(*arguments)
+
+    totals = run_echo(source, tmp_path / "out.jsonl", mini, backend=Deleting())
+    found = {row["id"]: row for row in rows(tmp_path / "out.jsonl")}
+    assert (totals.rows, totals.errors) == (40, 2)
+    for name in ("r3", "r39"):
+        assert found[name]["error"].endswith(f"{name[1:]}.png: no such file")
+        assert found[name]["image"].endswith(f"{name[1:]}.png")
+    shutil.copy(tmp_path / "2.png", tmp_path / "3.png")
+    totals = run_echo(source, tmp_path / "out.jsonl", mini, retry_errors=True)
+    assert (totals.before, totals.rows, totals.errors) == (38, 2, 1)
+    assert len(rows(tmp_path / "out.jsonl")) == 40
+
+
+def test_annotations_without_area_and_of_another_size(mini: Path, tmp_path: Path, picture: Any) -> None:
+    from PIL import Image
+
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    shapes = [
+        [[5, 5, 5, 5, 5, 5]],
+        encoded(picture[:50, :60, 0] > 0),
+        encoded(picture[..., 0] > 999),
+        [[1, 1, 90, 1, 90, 60]],
+    ]
+    data = {
+        "images": [{"id": 1, "file_name": "a.png"}],
+        "annotations": [{"id": i, "image_id": 1, "segmentation": shape} for i, shape in enumerate(shapes)],
+    }
+    (tmp_path / "c.json").write_text(json.dumps(data))
+    run_echo(tmp_path / "c.json", tmp_path / "out.jsonl", mini)
+    found = {row["id"]: row.get("error", "") for row in rows(tmp_path / "out.jsonl")}
+    assert "covers no pixel" in found[0]
+    assert "rle: size: expected the image's [height, width] [90, 140]" in found[1]
+    assert "covers no pixel" in found[2]
+    assert found[3] == ""
+
+
+def test_outputs_that_cannot_be_written(source: Path, mini: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for output, part in (
+        (tmp_path / "no" / "out.jsonl", "no such folder"),
+        (tmp_path / "folder", "is no regular file"),
+        (Path("/dev/full"), "is no regular file"),
+        (source, "is the input itself"),
+        (Path("/proc/out.jsonl"), "cannot be written"),
+    ):
+        with pytest.raises(RequestError, match=part):
+            run_echo(source, output, mini)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"tmpfs", bytes(folder), b"tmpfs", 0, b"size=16k") != 0:
+        pytest.skip(f"a small tmpfs cannot be mounted here ({os.strerror(ctypes.get_errno())})")
+    yield folder
+    libc.umount2(bytes(folder), 2)
+
+
+def test_a_full_disk_stops_the_job_and_loses_nothing(
+    source: Path, mini: Path, small_disk: Path, whole: dict[Any, str]
+) -> None:
+    out, stop = small_disk / "out.jsonl", Stop()
+    first = run_echo(source, out, mini, stop=stop)
+    assert "No space left on device" in str(stop.reason)
+    assert 0 < len(rows(out)) == first.rows < COUNT
+    ctypes.CDLL(None).mount(b"tmpfs", bytes(small_disk), b"tmpfs", 32, b"size=1m")  # MS_REMOUNT: there is room again
+    assert run_echo(source, out, mini).rows == COUNT - first.rows
+    assert texts(out) == whole
+
+
+def test_errors_of_writing_leave_a_whole_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Journal(tmp_path / "out.jsonl") as journal:
+        journal.append({"id": 1, "text": "a"})
+        real, calls = os.write, []
+
+        def half(file: int, content: bytes) -> int:
+            calls.append(1)
+            if len(calls) > 1:
+                raise OSError(28, "No space left on device")
+            return real(file, content[: len(content) // 2])
+
+        monkeypatch.setattr(os, "write", half)
+        with pytest.raises(OutputError, match="No space left"):
+            journal.append({"id": 2, "text": "b" * 100})
+        monkeypatch.undo()
+        journal.append({"id": 3, "text": "c"})
+    assert [row["id"] for row in read_rows(tmp_path / "out.jsonl")] == [1, 3]
+
+
+def test_an_engine_that_dies_is_replaced(source: Path, mini: Path, tmp_path: Path, whole: dict[Any, str]) -> None:
+    out, stop = tmp_path / "out.jsonl", Stop()
+    backends = iter([EchoBackend(dies_after=20), EchoBackend(dies_after=7), EchoBackend()])
+    totals = run_echo(source, out, mini, stop=stop, engine=lambda: echo_engine(mini, next(backends)))
+    assert (stop.reason, totals.engine_restarts) == (None, 2)
+    assert texts(out) == whole
+
+
+def test_an_engine_that_keeps_dying_stops_the_job(
+    source: Path, mini: Path, tmp_path: Path, whole: dict[Any, str]
+) -> None:
+    out, stop = tmp_path / "out.jsonl", Stop()
+    first = run_echo(
+        source, out, mini, stop=stop, restarts=1, engine=lambda: echo_engine(mini, EchoBackend(dies_after=9))
+    )
+    assert str(stop.reason).startswith("the engine died: the engine has stopped")
+    assert first.rows == 18
+    assert run_echo(source, out, mini).rows == COUNT - 18
+    assert texts(out) == whole
+
+
+def test_too_many_errors_stop_the_job(mini: Path, tmp_path: Path) -> None:
+    source = write_requests(tmp_path, 30, images=30)
+    for number in range(0, 30, 2):
+        (tmp_path / f"{number}.png").unlink()
+    stop = Stop()
+    totals = run_echo(source, tmp_path / "out.jsonl", mini, stop=stop, max_errors=3)
+    assert stop.reason == "more than 3 errors (--max-errors)"
+    assert totals.errors == 4
+    assert len(rows(tmp_path / "out.jsonl")) == totals.rows < 30
+
+
+def test_groups_share_one_mask_and_say_so(source: Path, mini: Path, tmp_path: Path) -> None:
+    """K = 4 makes one image item for four regions; a bad region is left out of its group's mask."""
+    lines = [json.loads(line) for line in source.read_text().splitlines()][:8]
+    lines = [line | {"image": "0.png"} for line in lines]
+    lines.insert(2, {"id": "bad", "image": "0.png", "regions": [{"box": [500, 500, 510, 510]}]})
+    lines.insert(3, {"id": "own", "image": "0.png", "regions": [[1, 1, 9, 9], [2, 2, 8, 8]], "question": "Both?"})
+    seen: dict[str, int] = {}
+
+    class Counting(EchoBackend):
+        def submit(self, prepared: Any, *arguments: Any) -> Any:
+            seen[prepared.items[0].hash] = seen.get(prepared.items[0].hash, 0) + 1
+            return super().submit(prepared, *arguments)
+
+    totals = run_echo(
+        write_lines(tmp_path / "g.jsonl", list(lines)), tmp_path / "g.out", mini, group=4, backend=Counting()
+    )
+    assert sorted(seen.values()) == [1, 4, 4]
+    assert totals.forms == {"group of 4": 8, "several": 1}
+    assert {row["form"] for row in rows(tmp_path / "g.out") if "error" not in row} == {"group of 4", "several"}
+
+
+def bundles(folder: Path, count: int) -> Iterator[Bundle]:
+    for number in range(count):
+        path = str(folder / f"{number % 4}.png")
+        yield Bundle((Record(f"line {number}", number, path, path, ([1, 1, 30, 30],)),), (True,))
+
+
+def test_workers_prepare_as_this_process_does(source: Path, mini: Path, tmp_path: Path) -> None:
+    """Also where three regions share a mask."""
+    run_echo(source, tmp_path / "here.jsonl", mini, group=3)
+    run_echo(source, tmp_path / "workers.jsonl", mini, group=3, workers=1)
+    assert texts(tmp_path / "here.jsonl") == texts(tmp_path / "workers.jsonl")
+
+
+def test_a_worker_that_is_killed_costs_nothing(source: Path, mini: Path, tmp_path: Path) -> None:
+    with WorkerPool(Preparation(str(mini)), 2) as pool:
+        found = []
+        for bundle, parcel in pool.parcels(bundles(tmp_path, 40)):
+            found.append(bundle.records[0].id)
+            assert parcel.errors == {}
+            if len(found) in (3, 9):
+                os.kill(pool.pids[len(found) % 2], signal.SIGKILL)
+        assert sorted(found) == list(range(40))  # type: ignore[type-var]
+        assert pool.deaths == 2
+
+
+DYING = """
+import os, signal, sys
+from garserve.batch import prepare
+whole = prepare.Preparer.__call__
+def call(self, bundle):
+    if bundle.records[0].id == 5:
+        os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory runs out
+    return whole(self, bundle)
+prepare.Preparer.__call__ = call
+from garserve.batch.worker import main
+main()
+"""
+
+
+def test_a_record_that_kills_workers_becomes_an_error(source: Path, mini: Path, tmp_path: Path) -> None:
+    with WorkerPool(Preparation(str(mini)), 2, command=[sys.executable, "-c", DYING]) as pool:
+        parcels = {bundle.records[0].id: parcel for bundle, parcel in pool.parcels(bundles(tmp_path, 12))}
+        assert sorted(parcels) == list(range(12))  # type: ignore[type-var]
+        assert {key for key, parcel in parcels.items() if parcel.errors} == {5}
+        assert parcels[5].errors[0] == "the worker that prepared it died (killed by signal 9; out of memory?)"
+        assert pool.deaths == 3
+
+
+def test_the_engine_is_never_given_more_than_it_has_room_for(source: Path, mini: Path, tmp_path: Path) -> None:
+    most = [0, 0]
+
+    class Room(EchoBackend):
+        """Answers later, from another thread, and counts what it has at a time."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens: dict[int, int] = {}
+            self.guard = threading.Lock()
+
+        def submit(self, prepared: Any, sampling: Any, on_report: Any) -> Any:
+            with self.guard:
+                self.tokens[id(prepared)] = len(prepared.token_ids) + sampling.max_tokens
+                most[0], most[1] = max(most[0], len(self.tokens)), max(most[1], sum(self.tokens.values()))
+
+            def answer() -> None:
+                with self.guard:
+                    del self.tokens[id(prepared)]
+                EchoBackend.submit(self, prepared, sampling, on_report)
+
+            threading.Timer(0.05, answer).start()
+            return lambda: None
+
+        def token_room(self) -> int:
+            return 4000
+
+        def tile_counts(self) -> TileCounts:
+            return TileCounts()
+
+    run_echo(source, tmp_path / "out.jsonl", mini, backend=Room(), in_flight=50)
+    assert 1 < most[0] <= 50
+    assert 1000 < most[1] <= 4000
+    run_echo(source, tmp_path / "few.jsonl", mini, backend=Room(), in_flight=2)
+    assert texts(tmp_path / "few.jsonl") == texts(tmp_path / "out.jsonl")
