@@ -1,8 +1,9 @@
 """ONNX Runtime's transformer optimizer: operators of its own in the place of standard ones, where it finds them."""
 
-import logging
 from collections import Counter
 from pathlib import Path
+
+from garserve.export.quiet import quiet
 
 from garserve.model.onnx_file import require
 
@@ -18,13 +19,8 @@ def fuse_operators(path: Path) -> dict[str, int]:
     require("onnxruntime")
     from onnxruntime.transformers.optimizer import optimize_model
 
-    logger = logging.getLogger("onnxruntime.transformers")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
+    with quiet():
         optimised = optimize_model(str(path), model_type="vit", opt_level=0)
-    finally:
-        logger.setLevel(before)
     data = path.with_name(path.name + ".data")
     path.unlink()
     data.unlink(missing_ok=True)

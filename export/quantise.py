@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from garserve.export.quiet import quiet
 from garserve.export.samples import Tiles, relative_error
 
 from garserve.model.onnx_file import ModelInfo, require
@@ -45,33 +46,35 @@ def quantise(path: Path, info: ModelInfo, calibration: Sequence[Tiles] = ()) -> 
 def _dynamic(source: Path, target: Path) -> Path:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    quantize_dynamic(
-        source,
-        target,
-        op_types_to_quantize=["MatMul"],
-        per_channel=True,
-        weight_type=QuantType.QUInt8,
-        use_external_data_format=True,
-        extra_options={"MatMulConstBOnly": True},
-    )
+    with quiet():
+        quantize_dynamic(
+            source,
+            target,
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            weight_type=QuantType.QUInt8,
+            use_external_data_format=True,
+            extra_options={"MatMulConstBOnly": True},
+        )
     return target
 
 
 def _static(source: Path, target: Path, calibration: Sequence[Tiles]) -> Path:
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
-    quantize_static(
-        source,
-        target,
-        _Reader(calibration),
-        quant_format=QuantFormat.QOperator,
-        op_types_to_quantize=["MatMul"],
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QUInt8,
-        use_external_data_format=True,
-        extra_options={"MatMulConstBOnly": True},
-    )
+    with quiet():
+        quantize_static(
+            source,
+            target,
+            _Reader(calibration),
+            quant_format=QuantFormat.QOperator,
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QUInt8,
+            use_external_data_format=True,
+            extra_options={"MatMulConstBOnly": True},
+        )
     return target
 
 

@@ -1,18 +1,16 @@
 """`garserve export vision`: a checkpoint's vision half as one ONNX graph of uint8 tiles and masks."""
 
-import logging
 import os
 import shutil
 import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from garserve.export.quiet import quiet
 from garserve.export.samples import Tiles, random_tiles, relative_error
 from garserve.export.source import load_encoder
 from garserve.export.tower_graph import FUSED_OPSET, TowerGraph
@@ -121,7 +119,7 @@ def write_graph(encoder: RegionEncoder, path: Path, info: ModelInfo) -> None:
         graph.half()
     tiles = random_tiles(encoder.config, _TRACED_TILES)
     count = torch.export.Dim("T", min=1, max=2**20)
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             graph,
             (tiles.tiles, tiles.masks),
@@ -153,17 +151,3 @@ def _move(made: Path, folder: Path) -> None:
     for name in sorted(os.listdir(made), key=lambda name: name == FILE):
         shutil.copymode(made / FILE, made / name)  # onnx makes data files that only their owner may read
         shutil.move(made / name, folder / name)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch's exporter from telling which operators of absent packages it leaves out."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(before)
