@@ -35,7 +35,7 @@ def lines(path: Path) -> int:
 
 
 def main(source: Path, output: Path, checkpoint: Path, kills: int, count: int) -> None:
-    """Kill so many children at random moments, spread over the job; print how many died by it and the rows there were."""
+    """Kill so many children at random moments, spread over the job; print how many died, and the rows after each."""
     chance, killed, seen = random.Random(0), 0, []
     for kill in range(kills):
         before = lines(output)
