@@ -25,10 +25,10 @@ OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--n
 OPTIONS.append("--disable-background-networking")
 
 
-def browse(page: Path, folder: Path, fragment: str, *options: str) -> str:
+def browse(page: Path, folder: Path, fragment: str) -> str:
     """Open a page in a headless browser and return its DOM after its scripts have run."""
     assert CHROMIUM is not None
-    command = [CHROMIUM, *OPTIONS, f"--user-data-dir={folder}", "--virtual-time-budget=8000", *options]
+    command = [CHROMIUM, *OPTIONS, f"--user-data-dir={folder}", "--virtual-time-budget=8000", "--dump-dom"]
     return subprocess.run(
         [*command, f"{page.as_uri()}#{fragment}"], check=True, capture_output=True, text=True, timeout=300
     ).stdout
