@@ -40,7 +40,7 @@ def main(
 ) -> None:
     """Count tiles for 1, 5, 20 and 50 regions an image, by the most tiles an image is cut into."""
     sizes, masks = _read(regions)
-    columns = ("all, every time", "touched", "computed", "share touched", "share computed", "five together")
+    columns = ("all", "touched", "computed", "touched/all", "computed/all", "by fives/all")
     table = Table("most tiles", "regions", *columns)
     figures = {}
     jobs = [(most, size) for most in MOST for size in sizes]
