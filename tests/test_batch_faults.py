@@ -292,7 +292,8 @@ def test_too_many_errors_stop_the_job(mini: Path, tmp_path: Path) -> None:
 def test_groups_share_one_mask_and_say_so(source: Path, mini: Path, tmp_path: Path) -> None:
     """K = 4 makes one image item for four regions; a bad region is left out of its group's mask."""
     lines = [json.loads(line) for line in source.read_text().splitlines()][:8]
-    lines = [line | {"image": "0.png"} for line in lines]
+    boxes = [[i % 4 * 22, i // 4 * 20, i % 4 * 22 + 15, i // 4 * 20 + 15] for i in range(8)]
+    lines = [line | {"image": "0.png", "regions": [box]} for line, box in zip(lines, boxes, strict=True)]
     lines.insert(2, {"id": "bad", "image": "0.png", "regions": [{"box": [500, 500, 510, 510]}]})
     lines.insert(3, {"id": "own", "image": "0.png", "regions": [[1, 1, 9, 9], [2, 2, 8, 8]], "question": "Both?"})
     seen: dict[str, int] = {}
@@ -308,6 +309,9 @@ def test_groups_share_one_mask_and_say_so(source: Path, mini: Path, tmp_path: Pa
     assert sorted(seen.values()) == [1, 4, 4]
     assert totals.forms == {"group of 4": 8, "several": 1}
     assert {row["form"] for row in rows(tmp_path / "g.out") if "error" not in row} == {"group of 4", "several"}
+    alike = [lines[0] | {"id": str(i)} for i in range(3)]  # regions that overlap do not share a mask
+    totals = run_echo(write_lines(tmp_path / "h.jsonl", list(alike)), tmp_path / "h.out", mini, group=4)
+    assert totals.forms == {"group of 1": 3}
 
 
 def bundles(folder: Path, count: int) -> Iterator[Bundle]:

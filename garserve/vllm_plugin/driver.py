@@ -7,6 +7,7 @@ import atexit
 import itertools
 import queue
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from garserve.vllm_plugin.arguments import engine_environment, sampling_params
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
+
+
+_WATCH_SECONDS = 0.5
 
 
 @dataclass
@@ -56,6 +60,9 @@ class EngineDriver:
                 running.engine_id = self._add(number, prepared, sampling)
             except Exception as error:  # vLLM refuses requests with several kinds of error
                 del self._running[number]
+                if _is_dead(self.engine):
+                    deliver(on_report, GarserveError(f"the engine has stopped: {error}"))
+                    return
                 with suppress(Exception):  # it may be known to vLLM in part already
                     self.engine.abort_request([number])
                 deliver(on_report, RequestError(f"refused by vLLM: {error}"))
@@ -116,14 +123,27 @@ class EngineDriver:
             self._started.put(error)
             return
         self._started.put(None)
+        if self._separate_process:
+            threading.Thread(target=self._watch, args=(self.engine,), name="garserve-watch", daemon=True).start()
         try:
             while self._take_commands():
                 if self.engine.has_unfinished_requests():
                     self._step()
         except Exception as error:
             with self._lock:
-                self._dead = error
+                self._dead = self._dead or error
         self._end()
+
+    def _watch(self, engine: "LLMEngine") -> None:
+        """End the thread when the engine's process has died, for which vLLM's blocking client would wait forever."""
+        while self._dead is None and not _is_dead(engine):
+            time.sleep(_WATCH_SECONDS)
+        with self._lock:
+            if self._dead is not None:
+                return
+            self._dead = GarserveError("its process died")
+            self._inbox.put(None)
+        engine.engine_core.outputs_queue.put_nowait(self._dead)  # type: ignore[attr-defined]
 
     def _take_commands(self) -> bool:
         """Run what callers have sent, waiting for it while there is nothing to compute. False ends the thread."""
@@ -178,6 +198,11 @@ def _make_engine(arguments: dict[str, Any], separate_process: bool) -> "LLMEngin
     ranks = arguments.get("tensor_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1)
     with engine_environment(ranks, separate_process=separate_process):
         return LLMEngine.from_engine_args(EngineArgs(**arguments))
+
+
+def _is_dead(engine: "LLMEngine") -> bool:
+    """Say whether vLLM has seen its engine process die; in this process there is none."""
+    return bool(getattr(getattr(engine.engine_core, "resources", None), "engine_dead", False))
 
 
 def _first_logits(logprobs: Any) -> list[float] | None:
