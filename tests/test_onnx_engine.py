@@ -15,8 +15,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import garserve
+from garserve.batch.run import run_job
 from garserve.batch.sources import RequestLine
-from garserve.checkpoint import TINY, Checkpoint
+from garserve.checkpoint import TINY, Checkpoint, resolve
 from garserve.cli import app
 from garserve.engine import Engine
 from garserve.errors import InputError, OnnxError, RequestError
@@ -27,7 +28,9 @@ from garserve.evaluation.run import evaluate
 from garserve.inputs.encoded import EncodedImage
 from garserve.inputs.request import RegionRequest
 from garserve.model.onnx_vision import OnnxVision
+from tests.batch_data import plan_of, rows
 from tests.conftest import PHOTO, ROOT, write_lines
+from tests.echo import shared
 from tests.onnx_models import tiny_models
 from tests.requests_mix import REGIONS
 
@@ -140,9 +143,22 @@ def test_engines_answer_from_embeddings_as_from_pixels(torch_tower: Engine, enco
     assert torch_tower.chat(single, []).say().text == answers[0].text
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_answers_from_embeddings(torch_tower: Engine, encoded: Path, tmp_path: Path, workers: int) -> None:
+    """Prepared here, or in a worker process and sent."""
+    source = encoded / "out" / "requests.jsonl"
+    plan = plan_of(source, tmp_path / "out.jsonl", resolve(TINY), max_tokens=40, workers=workers)
+    totals = run_job(plan, lambda: shared(torch_tower))
+    wanted = list(torch_tower.describe_many(requests(source)))
+    written = {row["id"]: row for row in rows(tmp_path / "out.jsonl")}
+    assert [written[name]["text"] for name in "abc"] == [one.text for one in wanted]
+    assert [written[name]["prompt_tokens"] for name in "abc"] == [one.prompt_tokens for one in wanted]
+    assert (totals.rows, totals.errors, totals.regions) == (3, 0, 4)
+
+
 def test_bad_lines_are_named(encoded: Path) -> None:
     errors = [json.loads(line) for line in (encoded / "out" / "errors.jsonl").open()]
-    assert [error["line"] for error in errors] == [4, 5]
+    assert [error["place"] for error in errors] == ["line 4", "line 5"]
     assert "no such file" in errors[0]["error"]
 
 

@@ -255,10 +255,14 @@ def test_questions_are_true(shown: object) -> None:
     assert by_text["What colour is <Prompt0>?"] == "<Prompt0> is red."
     assert by_text["Where is <Prompt0>?"] == "<Prompt0> is at the top left of the image."
     assert by_text["Where is <Prompt0> relative to <Prompt1>?"] == "<Prompt0> is left of <Prompt1>."
-    which = {one.text: one for one in asked if one.form == "which"}
-    assert which["Which is the smallest, <Prompt0>, <Prompt2> or <Prompt1>?"].answer == "<Prompt2> is the smallest."
-    assert which["Which region is blue, <Prompt2>, <Prompt0> or <Prompt1>?"].answer == "<Prompt1> is blue."
-    for one in which.values():
+    which = [one for one in asked if one.form == "which"]
+    truth = {"smallest": "<Prompt2>", "largest": "<Prompt0>", **dict(zip(("red", "blue", "green"), names, strict=True))}
+    assert {one.answer.split()[-1].rstrip(".") for one in which} == set(truth)
+    for one in which:
+        what = one.answer[13:-1]
+        assert one.answer == f"{truth[what.split()[-1]]} is {what}."
+        assert re.fullmatch(rf"Which (region )?is {what}, <Prompt\d>, <Prompt\d> or <Prompt\d>\?", one.text)
+        assert set(names) <= set(re.findall(r"<Prompt\d>", one.text))
         assert one.text[slice(*one.named)] == " " + one.answer[:9]
     assert by_text["Is <Prompt1> larger than <Prompt2>?"] == "Yes."
     not_given = [one for one in asked if one.form == "not given"]
