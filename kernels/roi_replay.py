@@ -36,6 +36,7 @@ CANDIDATES = (
 # By compute capability; architectures that are not listed take the default.
 TUNED = {80: Tuning(16, 256, 8), 90: Tuning(16, 256, 8), 100: Tuning(16, 256, 8)}
 DEFAULT = Tuning(16, 256, 8)
+_LARGEST_BLOCK = 2**20  # values of one tensor in Triton
 
 
 @triton.jit
@@ -172,9 +173,9 @@ def roi_replay_triton(
 
 
 def _tuning(features: torch.Tensor, rows: int) -> Tuning:
+    width = triton.next_power_of_2(features.shape[2])
     if features.device.type == "cpu":  # the interpreter, whose programs cost the same whatever their size
-        return Tuning(min(triton.next_power_of_2(rows), 1024), triton.next_power_of_2(features.shape[2]), 4)
+        return Tuning(min(triton.next_power_of_2(rows), 1024, max(_LARGEST_BLOCK // width, 1)), width, 4)
     major, minor = torch.cuda.get_device_capability(features.device)
     tuned = TUNED.get(10 * major + minor, DEFAULT)
-    width = triton.next_power_of_2(features.shape[2])
     return tuned if width >= tuned.channels else Tuning(tuned.rows, max(width, 16), tuned.warps)

@@ -140,6 +140,16 @@ def test_triton_is_the_truth(launch: Launch) -> None:
         check(launch, "triton", patch)
 
 
+def test_more_rows_and_channels_than_one_block_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine regions of 64 rows by 2048 channels are over 2²⁰ values, which Triton takes in one tensor."""
+    rng = np.random.default_rng(0)
+    regions = torch.tensor([[0, 1, 1, 64 * i] for i in range(9)], dtype=torch.int32)
+    boxes = torch.tensor([box_of("inside", 8, 8, rng) for _ in regions])
+    features = torch.from_numpy(rng.standard_normal((1, 64, 2048), dtype=np.float32))
+    out = torch.full((9 * 64, 2048), float("nan"))
+    check(Launch(features, torch.zeros(1, dtype=torch.int32), regions, boxes, out, 8, 2), "triton", monkeypatch)
+
+
 def small(**changes: object) -> dict[str, object]:
     arguments: dict[str, object] = {
         "features": torch.randn(4, 16, 8),
