@@ -99,7 +99,7 @@ def _torch(encoder: RegionEncoder) -> dict[str, tuple[str, Features]]:
     """The tower as it is, with attention spelled out, and in bfloat16."""
     half = RegionEncoder(encoder.config).eval().to(torch.bfloat16)
     half.load_state_dict(encoder.state_dict())
-    half.tower.reset_rope()
+    half.reset_buffers(torch.bfloat16)
 
     def run(model: RegionEncoder, plain: bool = False) -> Features:
         def features(sample: Tiles) -> torch.Tensor:

@@ -1,11 +1,12 @@
 """Which vision half an engine uses: the checkpoint's own in torch, or an exported one in ONNX Runtime."""
 
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from garserve.checkpoint import Checkpoint
-from garserve.errors import RequestError
+from garserve.errors import OnnxError, RequestError
 from garserve.model.fingerprint import vision_fingerprint
 
 if TYPE_CHECKING:
@@ -14,18 +15,28 @@ if TYPE_CHECKING:
 Choice = tuple[Path, str | None]  # the model's file and the execution provider; None leaves it to the machine
 
 CACHE = "GARSERVE_CACHE"
+_DTYPES = {"half": "float16", "float": "float32"} | {name: name for name in ("float32", "bfloat16", "float16")}
+_log = logging.getLogger("garserve")
 _LAYOUT = 1  # of the exported graph; another one makes new files
 
 
 def choose_vision(
-    checkpoint: Checkpoint, vision_backend: str | None = None, vision_model: str | Path | None = None
+    checkpoint: Checkpoint,
+    vision_backend: str | None = None,
+    vision_model: str | Path | None = None,
+    *,
+    dtype: object = "float32",
 ) -> Choice | None:
     """Return the exported model to use and its execution provider, checked; None for the tower in torch.
 
-    `vision_backend` is "torch", "onnx" or "onnx:PROVIDER"; None is "onnx" where a `vision_model` is named. Without a
-    `vision_model`, a float32 export is made on first use, and kept in `cache_folder()` for the next.
+    `vision_backend` is "torch", "onnx" or "onnx:PROVIDER"; None is "onnx" where a `vision_model` is named, and
+    otherwise, for a large tower on a CPU, the faster of the two (`garserve.export.fastest`), where torch computes in
+    `dtype` (a name, a torch.dtype, or "auto" for the checkpoint's own). Without a `vision_model`, a float32 export is
+    made on first use, and kept in `cache_folder()` for the next.
     Raises RequestError for another name, OnnxError where model or provider cannot be used for this checkpoint.
     """
+    if vision_backend is None and vision_model is None:
+        return _fastest(checkpoint, dtype)
     name, _, provider = (vision_backend or ("torch" if vision_model is None else "onnx")).partition(":")
     if name == "torch" and not provider:
         if vision_model is not None:
@@ -48,6 +59,24 @@ def open_vision(checkpoint: Checkpoint, choice: Choice) -> "OnnxVision":
     from garserve.model.onnx_vision import OnnxVision
 
     return OnnxVision(choice[0], provider=choice[1], fingerprint=vision_fingerprint(checkpoint))
+
+
+def _fastest(checkpoint: Checkpoint, dtype: object) -> Choice | None:
+    """Choose where nobody did. What cannot be exported stays in torch."""
+    from garserve.export.fastest import may_measure, onnx_is_faster
+
+    if not may_measure(checkpoint):
+        return None
+    name = str(dtype).removeprefix("torch.")
+    name = _DTYPES.get(name, checkpoint.config.dtype)
+    try:
+        exported = _kept_export(checkpoint, vision_fingerprint(checkpoint))
+        if not onnx_is_faster(checkpoint, exported, name):
+            return None
+        return choose_vision(checkpoint, "onnx:cpu", exported)
+    except (OnnxError, OSError) as error:
+        _log.warning("the tower stays in torch: no export to compare it with could be made (%s)", error)
+        return None
 
 
 def cache_folder() -> Path:

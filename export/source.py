@@ -16,5 +16,5 @@ def load_encoder(checkpoint: Checkpoint) -> RegionEncoder:
         for name, tensor in checkpoint.tensors(VISION_PREFIXES)
     }
     encoder.load_state_dict(state, strict=True, assign=True)
-    encoder.tower.reset_rope()
+    encoder.reset_buffers(torch.float32)
     return encoder.eval()

@@ -47,6 +47,7 @@ def encode(
     from garserve.export.choice import choose_vision, open_vision
     from garserve.export.source import load_encoder
     from garserve.inputs.processor import Processor
+    from garserve.model.encoder import RegionEncoder
     from garserve.model.fingerprint import vision_fingerprint
     from garserve.model.tile_cache import DEFAULT_GB, TileCache
 
@@ -56,8 +57,8 @@ def encode(
     processor = Processor(opened.folder, config, max_num_tiles=max_num_tiles)
     choice = choose_vision(opened, vision_backend, vision_model)
     with status_console.status(f"Loading {checkpoint} ..."):
-        encoder = load_encoder(opened)
-        encoder.vision = None if choice is None else open_vision(opened, choice)
+        exported = None if choice is None else open_vision(opened, choice)
+        encoder = load_encoder(opened) if exported is None else RegionEncoder(config, vision=exported)
         encoder.tile_cache = TileCache(DEFAULT_GB if tile_cache_gb is None else tile_cache_gb)
         files = FileEncoder(encoder, processor, vision_fingerprint(opened), output)
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())

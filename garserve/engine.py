@@ -81,8 +81,9 @@ def load(
     surface of regions, and how two of them lie (MODEL_CARD.md).
 
     `max_num_tiles` (1 to 36) and `box_scale` override the checkpoint's own. `vision_backend` is what computes tiles:
-    "torch" (the default), or "onnx" or "onnx:PROVIDER" for the tower in ONNX Runtime; `vision_model` is the folder of
-    `garserve export vision` that it takes, by default a float32 export that is made once and kept.
+    "torch", or "onnx" or "onnx:PROVIDER" for the tower in ONNX Runtime; `vision_model` is the folder of `garserve
+    export vision` that it takes, by default a float32 export that is made once and kept. Where neither is given it is
+    torch, or for a large tower on a CPU what a measurement finds the faster, made once and kept, too.
 
     `engine_options` go to the backend: for "vllm" its EngineArgs, `separate_process` and `verbose`; for "reference"
     `dtype` and `batch_size`; for both `tile_cache_gb`, the memory for features of tiles (default 0.5 and 0).
@@ -96,7 +97,8 @@ def load(
         opened = replace(opened, config=opened.config.with_box_scale(box_scale))
     fingerprint = cache(partial(vision_fingerprint, opened))
     processor = Processor(opened.folder, opened.config, max_num_tiles=max_num_tiles, fingerprint=fingerprint)
-    vision = choose_vision(opened, vision_backend, vision_model)
+    dtype = engine_options.get("dtype", "auto" if backend == "vllm" else "float32")
+    vision = choose_vision(opened, vision_backend, vision_model, dtype=dtype)
     if backend == "vllm":
         from garserve.vllm_plugin.backend import VLLMBackend
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from garserve.export import fastest
 from garserve.export.choice import choose_vision
 from PIL import Image
 from typer.testing import CliRunner
@@ -57,7 +58,9 @@ def onnx_tower() -> Iterator[Engine]:
 
 def test_the_reference_says_the_same_with_either_tower(torch_tower: Engine, onnx_tower: Engine) -> None:
     questions = read_questions(limit=QUESTIONS)
-    assert isinstance(onnx_tower.backend.model.encoder.vision, OnnxVision)  # type: ignore[attr-defined]
+    encoder = onnx_tower.backend.model.encoder  # type: ignore[attr-defined]
+    assert isinstance(encoder.vision, OnnxVision)
+    assert not list(encoder.parameters()), "the weights of the torch tower are not loaded"
     one, other = (evaluate(engine, questions) for engine in (torch_tower, onnx_tower))
     assert [judged.text for judged in one.judged] == [judged.text for judged in other.judged]
     assert torch_tower.tile_counts == onnx_tower.tile_counts, "tiles are placed alike"
@@ -98,7 +101,39 @@ def test_a_tower_is_exported_on_first_use_and_kept(mini: Path, tmp_path: Path, m
     assert first[0].is_relative_to(tmp_path)
     assert choose_vision(Checkpoint.open(mini), "onnx:CPU") == first
     assert first[0].stat().st_mtime_ns == written
+    assert choose_vision(Checkpoint.open(mini)) is None, "a small tower stays in torch"
+
+
+def test_the_faster_tower_is_measured_once_and_chosen(
+    mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("GARSERVE_CACHE", str(tmp_path))
+    monkeypatch.setattr(fastest, "LEAST_WEIGHTS", 0)
+    checkpoint = Checkpoint.open(mini)
+    measured = choose_vision(checkpoint, dtype=torch.bfloat16)
+    (kept,) = tmp_path.rglob("fastest-bfloat16.json")
+    record = json.loads(kept.read_text())
+    assert min(record["seconds"].values()) > 0
+    assert (measured is None) == (record["seconds"]["torch"] < fastest.LEAST_GAIN * record["seconds"]["onnx"])
+    assert "measuring once" in caplog.text
+    caplog.clear()
+    for seconds, chosen in (({"torch": 2, "onnx": 1}, True), ({"torch": 1.05, "onnx": 1}, False)):
+        kept.write_text(json.dumps(record | {"seconds": seconds}))
+        assert (choose_vision(checkpoint, dtype="bfloat16") is not None) == chosen
+    assert not caplog.text, "what was kept is believed"
+    kept.write_text(json.dumps(record | {"conditions": {}, "seconds": {"torch": -1, "onnx": 1}}))
+    choose_vision(checkpoint, dtype="bfloat16")
+    assert json.loads(kept.read_text())["seconds"]["torch"] > 0, "of another machine: measured anew"
+
+
+def test_without_room_for_an_export_the_tower_stays_in_torch(
+    mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GARSERVE_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(fastest, "LEAST_WEIGHTS", 0)
     assert choose_vision(Checkpoint.open(mini)) is None
+    assert "the tower stays in torch" in caplog.text
 
 
 @pytest.fixture(scope="module")

@@ -19,19 +19,37 @@ TileFeatures = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class RegionEncoder(nn.Module):
     """Vision tower, projector and replay of one checkpoint; tiles that were computed before are not computed again."""
 
-    def __init__(self, config: GARConfig, *, tiles_at_once: int = 32, tile_cache_gb: float = 0.0) -> None:
-        """Build the modules.
+    tower: VisionTower
+    projector: Projector
+    like: torch.Tensor  # empty: the device and the dtype of features
+
+    def __init__(
+        self,
+        config: GARConfig,
+        *,
+        vision: TileFeatures | None = None,
+        tiles_at_once: int = 32,
+        tile_cache_gb: float = 0.0,
+    ) -> None:
+        """Build the modules; with `vision`, which takes the place of tower and projector, neither of the two.
 
         `tiles_at_once` bounds the memory of one pass through the tower, `tile_cache_gb` (10⁹ bytes) that of the tiles
         which are kept from one call to the next.
         """
         super().__init__()
-        self.config = config
-        self.tower = VisionTower(config.vision)
-        self.projector = Projector(config)
+        self.config, self.vision = config, vision
+        if vision is None:
+            self.tower = VisionTower(config.vision)
+            self.projector = Projector(config)
         self.tiles_at_once = tiles_at_once
         self.tile_cache = TileCache(tile_cache_gb)
-        self.vision: TileFeatures | None = None  # takes the place of tower and projector where there is one
+        self.register_buffer("like", torch.empty(0), persistent=False)
+
+    def reset_buffers(self, dtype: torch.dtype) -> None:
+        """Make on the CPU what is no weight of a checkpoint; the meta device leaves none of it."""
+        self.like = torch.empty(0, dtype=dtype)
+        if self.vision is None:
+            self.tower.reset_rope()
 
     @torch.inference_mode()
     def encode(self, items: Sequence[Item]) -> list[torch.Tensor]:
@@ -60,8 +78,8 @@ class RegionEncoder(nn.Module):
         return views
 
     def allocate(self) -> None:
-        """Allocate the tile cache where the weights are, if that was not done yet."""
-        self.tile_cache.allocate(self.projector.linear_2.weight, self.config.tokens_per_tile, self.config.hidden_size)
+        """Allocate the tile cache where features are computed, if that was not done yet."""
+        self.tile_cache.allocate(self.like, self.config.tokens_per_tile, self.config.hidden_size)
 
     def _place(self, items: Sequence[Item]) -> tuple[Placement, dict[bytes, int]]:
         """Compute the tiles that are not known, and say where all of them lie."""
@@ -92,7 +110,7 @@ class RegionEncoder(nn.Module):
             compute(some, bits)
             for some, bits in zip(tiles.split(self.tiles_at_once), masks.split(self.tiles_at_once), strict=True)
         ]
-        return torch.cat(parts).to(self.projector.linear_2.weight)
+        return torch.cat(parts).to(self.like)
 
     def _run_tower(self, tiles: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         projected: torch.Tensor = self.projector(self.tower.run(patch_tokens(self.tower, self.config, tiles, masks)))
@@ -100,13 +118,11 @@ class RegionEncoder(nn.Module):
 
     def normalise(self, tiles: torch.Tensor) -> torch.Tensor:
         """Turn uint8 tiles [T, 3, S, S] into what the tower's convolution reads."""
-        weight = self.projector.linear_1.weight
-        return normalise(tiles.to(weight.device), self.config, weight.dtype)
+        return normalise(tiles.to(self.like.device), self.config, self.like.dtype)
 
     def unpack(self, masks: torch.Tensor) -> torch.Tensor:
         """Unpack mask bits to 0 and 1 in the tower's dtype: [T, S, S]."""
-        weight = self.projector.linear_1.weight
-        return unpack(masks.to(weight.device), self.config.tile_size).to(weight.dtype)
+        return unpack(masks.to(self.like.device), self.config.tile_size).to(self.like.dtype)
 
 
 def _row_count(item: Item, tokens: int) -> int:

@@ -11,35 +11,44 @@ from garserve.checkpoint import Checkpoint
 from garserve.config import GARConfig
 from garserve.errors import CheckpointError
 from garserve.inputs.processor import PreparedRequest
-from garserve.model.encoder import RegionEncoder
+from garserve.model.encoder import RegionEncoder, TileFeatures
 
 
 class ReferenceGAR(nn.Module):
     """Encoder and decoder of one checkpoint, greedy decoding for one or many requests."""
 
-    def __init__(self, config: GARConfig, *, tile_cache_gb: float = 0.0) -> None:
+    def __init__(self, config: GARConfig, *, vision: TileFeatures | None = None, tile_cache_gb: float = 0.0) -> None:
         super().__init__()
         self.config = config
-        self.encoder = RegionEncoder(config, tile_cache_gb=tile_cache_gb)
+        self.encoder = RegionEncoder(config, vision=vision, tile_cache_gb=tile_cache_gb)
         self.language_model = LlamaForCausalLM(llama_config(config))
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, *, tile_cache_gb: float = 0.0
+        cls,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype = torch.float32,
+        *,
+        vision: TileFeatures | None = None,
+        tile_cache_gb: float = 0.0,
     ) -> "ReferenceGAR":
-        """Build the model on the CPU and load every weight of an opened checkpoint."""
+        """Build the model on the CPU and load an opened checkpoint's weights; with `vision`, only the decoder's."""
         try:
             with torch.device("meta"):
-                model = cls(checkpoint.config, tile_cache_gb=tile_cache_gb)
+                model = cls(checkpoint.config, vision=vision, tile_cache_gb=tile_cache_gb)
         except Exception as error:  # transformers checks the decoder's config in many ways
             raise CheckpointError(
                 f"{checkpoint.folder}: the decoder's config is refused by transformers ({' '.join(str(error).split())})"
             ) from error
-        state = {name: tensor.to(dtype) for name, tensor in checkpoint.module_state().items()}
+        state = {
+            name: tensor.to(dtype)
+            for name, tensor in checkpoint.module_state().items()
+            if vision is None or not name.startswith("encoder.")
+        }
         if checkpoint.config.tied_head:
             state["language_model.lm_head.weight"] = state["language_model.model.embed_tokens.weight"]
         model.load_state_dict(state, strict=True, assign=True)
-        model.encoder.tower.reset_rope()
+        model.encoder.reset_buffers(dtype)
         # Rotary tables are computed buffers: build them anew where the meta device left none.
         decoder = model.language_model.model
         decoder.rotary_emb = type(decoder.rotary_emb)(config=model.language_model.config)

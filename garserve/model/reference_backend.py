@@ -34,7 +34,7 @@ class ReferenceBackend:
         """Load the weights in `dtype` and start the thread; at most `batch_size` requests are decoded together.
 
         `tile_cache_gb` (10⁹ bytes) is kept for features of tiles; 0 computes them anew for every request.
-        `vision` computes tiles in the place of the tower.
+        `vision` computes tiles in the place of the tower, whose weights are not loaded then.
         """
         try:
             torch_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
@@ -42,8 +42,7 @@ class ReferenceBackend:
             raise RequestError(f"dtype: expected float32, bfloat16 or float16, got {dtype!r}") from None
         if type(batch_size) is not int or batch_size < 1:
             raise RequestError(f"batch_size: expected at least 1, got {batch_size!r:.80}")
-        self.model = ReferenceGAR.load(checkpoint, torch_dtype, tile_cache_gb=tile_cache_gb)
-        self.model.encoder.vision = vision
+        self.model = ReferenceGAR.load(checkpoint, torch_dtype, vision=vision, tile_cache_gb=tile_cache_gb)
         self._batch_size = batch_size
         self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._closed = False

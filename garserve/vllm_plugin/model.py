@@ -14,7 +14,7 @@ from vllm.sequence import IntermediateTensors
 from garserve.checkpoint import MODULE_PREFIXES, Checkpoint, resolve
 from garserve.config import read_config
 from garserve.model.encoder import RegionEncoder
-from garserve.model.fingerprint import vision_fingerprint
+from garserve.model.fingerprint import VISION_PREFIXES, vision_fingerprint
 from garserve.model.onnx_vision import OnnxVision
 from garserve.vllm_plugin.multimodal import (
     IMAGE_TOKEN,
@@ -48,14 +48,12 @@ class GARForRegions(nn.Module, SupportsMultiModal, SupportsPP):
         with self._mark_tower_model(vllm_config, "image"):
             # One pass through the tower is never larger than the image that vLLM profiles its memory with.
             most = engine_max_num_tiles(vllm_config.model_config) or self.gar_config.max_num_tiles
-            self.encoder = RegionEncoder(self.gar_config, tiles_at_once=1 + most, tile_cache_gb=hf_config.tile_cache_gb)
-            if hf_config.vision_model is not None:
-                opened = Checkpoint.open(vllm_config.model_config.model)
-                self.encoder.vision = OnnxVision(
-                    Path(hf_config.vision_model),
-                    provider=hf_config.vision_provider,
-                    fingerprint=vision_fingerprint(opened),
-                )
+            self.encoder = RegionEncoder(
+                self.gar_config,
+                vision=_exported_vision(vllm_config),
+                tiles_at_once=1 + most,
+                tile_cache_gb=hf_config.tile_cache_gb,
+            )
         with self._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config,
@@ -108,7 +106,18 @@ class GARForRegions(nn.Module, SupportsMultiModal, SupportsPP):
         Tiles that were computed with other weights are forgotten. The cache is allocated here, so that vLLM counts it
         among the model's memory.
         """
+        if self.encoder.vision is not None:
+            weights = ((name, tensor) for name, tensor in weights if not name.startswith(VISION_PREFIXES))
         loaded = AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
         self.encoder.allocate()
         self.encoder.tile_cache.clear()
         return loaded
+
+
+def _exported_vision(vllm_config: VllmConfig) -> OnnxVision | None:
+    """Open the exported tower that the engine was told to use; None where it is to compute its own."""
+    hf_config, model = vllm_config.model_config.hf_config, vllm_config.model_config.model
+    if hf_config.vision_model is None:
+        return None
+    path, fingerprint = Path(hf_config.vision_model), vision_fingerprint(Checkpoint.open(model))
+    return OnnxVision(path, provider=hf_config.vision_provider, fingerprint=fingerprint)
