@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 LEAST_WEIGHTS = 20_000_000  # a tower with fewer takes milliseconds, whatever computes it
 LEAST_GAIN = 1.1  # a smaller one is lost in what a session needs beside the tower's own memory
 _ROUNDS = 3
+_NO_DOUBT = 3.0  # a first run is not that much slower than others
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _log = logging.getLogger("garserve")
 
@@ -55,7 +56,7 @@ def onnx_is_faster(checkpoint: Checkpoint, exported: Path, dtype: str) -> bool:
 
 
 def _seconds(checkpoint: Checkpoint, exported: Path, dtype: str) -> dict[str, float]:
-    """Return medians for one tile, in turns, after one run of each."""
+    """Return medians for one tile, in turns, after one run of each; those first runs where they leave no doubt."""
     import torch
     from garserve.export.samples import random_tiles
     from garserve.export.source import load_encoder
@@ -73,13 +74,15 @@ def _seconds(checkpoint: Checkpoint, exported: Path, dtype: str) -> dict[str, fl
             return encoder.features(sample.tiles, bits)
 
     times: dict[str, list[float]] = {"torch": [], "onnx": []}
-    for number in range(1 + _ROUNDS):
+    for _ in range(1 + _ROUNDS):
         for name, vision in (("torch", None), ("onnx", session)):
             begun = time.perf_counter()
             run(vision)
-            if number:
-                times[name].append(time.perf_counter() - begun)
-    return {name: round(median(spent), 4) for name, spent in times.items()}
+            times[name].append(time.perf_counter() - begun)
+        first = [spent[0] for spent in times.values()]
+        if max(first) > _NO_DOUBT * min(first):
+            break
+    return {name: float(f"{median(spent[1:] or spent):.4g}") for name, spent in times.items()}
 
 
 def _conditions() -> dict[str, Any]:
