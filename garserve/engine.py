@@ -20,6 +20,7 @@ from garserve.inputs.processor import PreparedRequest, Processor
 from garserve.inputs.prompts import stop_token_id
 from garserve.inputs.request import RegionRequest, Turn
 from garserve.model.fingerprint import vision_fingerprint
+from garserve.tracing import span
 
 if TYPE_CHECKING:
     from garserve.model.tile_cache import TileCounts
@@ -197,8 +198,10 @@ class Engine:
         """Return the answer that ends with a report; `ids` where its tokens came in several."""
         ids = last.new_token_ids if ids is None else ids
         token_ids = ids[:-1] if ids and ids[-1] == self.stop_id else list(ids)
+        with span("decode text"):
+            text = self.processor.tokenizer.decode(token_ids)
         return Answer(
-            text=self.processor.tokenizer.decode(token_ids),
+            text=text,
             token_ids=token_ids,
             finish_reason=last.finish_reason or "stop",
             prompt_tokens=len(prepared.token_ids),

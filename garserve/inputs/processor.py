@@ -23,6 +23,7 @@ from garserve.inputs.roi import RoI, replay_roi
 from garserve.inputs.shapes import Box, Mask
 from garserve.inputs.tiles import TiledImage, pack_mask, tile_image, tile_mask
 from garserve.inputs.tokenizer import GARTokenizer
+from garserve.tracing import span
 
 KEY_BYTES = 16
 
@@ -99,14 +100,21 @@ class Processor:
 
         Raises an InputError that names the field where anything about the request cannot be used.
         """
+        with span("preprocess"):
+            return self._read(request)
+
+    def _read(self, request: RegionRequest) -> PreparedRequest:
         if isinstance(request.image, EncodedImage):
             request.check(self.config.prompt_count)
             return self._encoded(request, request.image)
         regions = request.parsed_regions()
         request.check(self.config.prompt_count)
-        image = load_image(request.image)
-        masks = draw_masks(regions, image.shape[0], image.shape[1])
-        return self.prepare(request, image, masks, [normalised_box(mask) for mask in masks])
+        with span("read image"):
+            image = load_image(request.image)
+        with span("draw masks"):
+            masks = draw_masks(regions, image.shape[0], image.shape[1])
+            boxes = [normalised_box(mask) for mask in masks]
+        return self.prepare(request, image, masks, boxes)
 
     def prepare(
         self, request: RegionRequest, image: NDArray[np.uint8], masks: Sequence[Mask], boxes: Sequence[Box]
@@ -114,7 +122,8 @@ class Processor:
         """Lay out a checked request of which image [H, W, 3], masks [H, W] and normalised boxes are at hand."""
         listed = request.listed()
         items = self.items(image, masks, [boxes[position] for position in listed])
-        prompt = assemble(request, len(items[0].tiles), self.tokenizer, self.config)
+        with span("assemble prompt"):
+            prompt = assemble(request, len(items[0].tiles), self.tokenizer, self.config)
         return PreparedRequest(prompt.token_ids, items, [prompt.image_span, *prompt.region_spans], list(boxes))
 
     def all_items(self, request: RegionRequest) -> list[Item]:
@@ -147,7 +156,12 @@ class Processor:
 
     def items(self, image: NDArray[np.uint8], masks: Sequence[Mask], boxes: Sequence[Box]) -> list[Item]:
         """Return the image's item, marked with the union of all masks, and one region item for each box."""
-        pixels = self._tiled(image)
+        with span("tile image"):
+            pixels = self._tiled(image)
+        with span("tile masks"):
+            return self._marked(pixels, masks, boxes)
+
+    def _marked(self, pixels: _Pixels, masks: Sequence[Mask], boxes: Sequence[Box]) -> list[Item]:
         tiles, grid = pixels.image.tiles, pixels.image.grid
         packed = pack_mask(tile_mask(np.logical_or.reduce(list(masks)), grid, self.config.tile_size))
         keys = tuple(
