@@ -17,7 +17,7 @@ from statistics import median
 from typing import Annotated, Any, Literal
 
 import typer
-from machine import save
+from machine import save, saved
 from peers.batched import BatchedGAR
 from peers.upstream import UpstreamGAR
 from peers.upstream_inputs import Question
@@ -27,7 +27,7 @@ from rich.table import Table
 import garserve
 from garserve.bench.cost import prefill_flops, tile_flops
 from garserve.bench.machine import peaks
-from garserve.bench.workload import Workload, make_workload
+from garserve.bench.workload import DENSE, make_workload
 from garserve.checkpoint import Checkpoint, resolve
 from garserve.inputs.processor import draw_masks
 from garserve.inputs.request import RegionRequest
@@ -55,6 +55,7 @@ def main(
     depth: Annotated[int | None, typer.Option(min=1, help="Blocks of the tower (GAR-1B: 23).")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Layers of the decoder (GAR-1B: 16).")] = None,
     workload: Annotated[Literal["dense", "five", "questions", "stream"], typer.Option()] = "dense",
+    regions: Annotated[int, typer.Option(min=1, help="Regions of a dense image.")] = DENSE,
     group: Annotated[int, typer.Option(min=1, max=5, help="Regions that share a mask; the peers ask alike.")] = 1,
     images: Annotated[int, typer.Option(min=1, help="Images of a round; no round has those of another.")] = 1,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
@@ -77,7 +78,9 @@ def main(
         across, down = choose_grid(width, height, engine.processor.max_num_tiles, checkpoint.config.tile_size)
         tiles = 1 + across * down
         for number in range(rounds + 1):  # the first one warms up, and is not counted
-            asked = _round(workload, images, number, size, max_tokens, group)
+            asked = make_workload(
+                workload, images, size, max_tokens=max_tokens, group=group, first=number * images, regions=regions
+            )
             before = engine.tile_counts
             for side in sides:
                 _time(side, asked.requests, counted=number > 0)
@@ -86,11 +89,13 @@ def main(
             if number:
                 limits.append(_flops(engine, known, tiles, after.computed - before.computed))
     figures = _figures(sides, limits)
-    title = f"{model}, {workload}, groups of {group}"
+    title = f"{model}, {workload}{f' of {regions}' if workload == 'dense' else ''}, groups of {group}"
     _print(title, figures)
     if save_results:
         shape = f"depth {depth}, layers {layers}" if model != "tiny" else "whole"
-        command = f"python benchmarks/end_to_end.py --model {model} --workload {workload} --group {group}"
+        command = (
+            f"python benchmarks/end_to_end.py --model {model} --workload {workload} --regions {regions} --group {group}"
+        )
         command += f" --depth {depth} --layers {layers}" if model != "tiny" else ""
         conditions = (
             "float32, greedy, equal tokens; rates are requests a second, ratios medians of those of each round; vLLM "
@@ -138,11 +143,6 @@ def _question(request: RegionRequest) -> Question:
     if request.question is None:
         return Question(image, masks, [_SINGLE])
     return Question(image, masks, list(range(len(masks))), request.question, request.listed())
-
-
-def _round(kind: Any, images: int, number: int, size: tuple[int, int], max_tokens: int, group: int) -> Workload:
-    """Requests about images that no other round has."""
-    return make_workload(kind, images, size, max_tokens=max_tokens, group=group, first=number * images)
 
 
 def _time(side: Side, requests: Sequence[RegionRequest], *, counted: bool) -> None:
@@ -205,8 +205,6 @@ def _figures(sides: Sequence[Side], limits: Sequence[dict[str, float]]) -> dict[
 
 def _merged(title: str, entry: dict[str, Any]) -> dict[str, Any]:
     """Put an entry beside those of other workloads that were saved before."""
-    from machine import saved
-
     return {**saved("end_to_end"), title: entry}
 
 

@@ -42,9 +42,14 @@ class Result:
         console.print(", ".join(f"{key} {value}" for key, value in described.items()), style="dim", highlight=False)
         console.print(self.conditions, highlight=False)
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        table = Table(*columns)
-        for row in self.rows:
-            table.add_row(*(_text(row.get(column, "")) for column in columns))
+        if len(self.rows) == 1:
+            table = Table("figure", "value")
+            for column in columns:
+                table.add_row(column, _text(self.rows[0][column]))
+        else:
+            table = Table(*columns)
+            for row in self.rows:
+                table.add_row(*(_text(row.get(column, "")) for column in columns))
         console.print(table)
         for note in self.notes:
             console.print(note, highlight=False)

@@ -24,7 +24,8 @@ KINDS: dict[Kind, str] = {
     "questions": "ten questions about the same five regions of each image",
     "stream": "images that differ, one region each",
 }
-_DENSE, _FIVE, _QUESTIONS = 20, 5, 10
+DENSE = 20
+_FIVE, _QUESTIONS = 5, 10
 _SMALLEST, _LARGEST = 0.004, 0.15  # of the image, what a region covers
 
 
@@ -43,11 +44,19 @@ class Workload:
 
 
 def make_workload(
-    kind: Kind, images: int, size: tuple[int, int], *, max_tokens: int, group: int = 1, first: int = 0
+    kind: Kind,
+    images: int,
+    size: tuple[int, int],
+    *,
+    max_tokens: int,
+    group: int = 1,
+    first: int = 0,
+    regions: int = DENSE,
 ) -> Workload:
     """Draw the requests of one kind over so many images of `size` (width, height), numbered from `first` on.
 
-    `group` regions of the dense kind are asked about under one mask, each by itself, as `garserve batch --group` does.
+    A dense image has `regions` regions, of which `group` are asked about under one mask, each by itself, as
+    `garserve batch --group` does.
     Raises RequestError where group is not 1 to 5, or not 1 with another kind.
     """
     if not 1 <= group <= _FIVE or (group > 1 and kind != "dense"):
@@ -55,7 +64,7 @@ def make_workload(
     requests: list[RegionRequest] = []
     for number in range(first, first + images):
         image = picture(number, size)
-        count = _DENSE if kind == "dense" else 1 if kind == "stream" else _FIVE
+        count = regions if kind == "dense" else 1 if kind == "stream" else _FIVE
         masks = [region(number * 100 + i, size) for i in range(count)]
         requests += _asked(kind, image, masks, group, max_tokens)
     return Workload(kind, requests, images)

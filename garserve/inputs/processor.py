@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from threading import Lock
 
@@ -163,7 +164,7 @@ class Processor:
 
     def _marked(self, pixels: _Pixels, masks: Sequence[Mask], boxes: Sequence[Box]) -> list[Item]:
         tiles, grid = pixels.image.tiles, pixels.image.grid
-        packed = pack_mask(tile_mask(np.logical_or.reduce(list(masks)), grid, self.config.tile_size))
+        packed = pack_mask(tile_mask(reduce(np.logical_or, masks), grid, self.config.tile_size))
         keys = tuple(
             blake3(digest + mask.tobytes()).digest(KEY_BYTES)
             for digest, mask in zip(pixels.digests, packed.numpy(), strict=True)
