@@ -24,12 +24,16 @@ from garserve.bench.machine import Peaks, machine, peaks
 from garserve.bench.serve import Limits, serve
 from garserve.bench.workload import KINDS, make_workload, picture, region
 from garserve.cli import app
-from garserve.config import parse_config
+from garserve.config import parse_config, read_config
 from garserve.errors import GarserveError, RequestError
+from garserve.inputs.images import hold_image
+from garserve.inputs.processor import Processor
 from garserve.inputs.regions import Region
+from garserve.inputs.request import RegionRequest
 from garserve.model.reference import ReferenceGAR
 from garserve.presets import preset
 from garserve.tracing import Span, recording, span, write_chrome_trace
+from tests.conftest import ROOT
 
 runner = CliRunner()
 SIZE = (120, 90)
@@ -133,6 +137,42 @@ def test_peaks_are_measured() -> None:
     assert 1e7 < found.bytes < 1e14
     assert isinstance(found, Peaks)
     assert machine()["torch"] == torch.__version__
+
+
+# ---- images that are held
+
+
+def test_a_held_image_is_the_engines_own() -> None:
+    own = np.zeros((8, 9, 3), np.uint8)
+    held = hold_image(own)
+    own[:] = 7
+    assert not held.any()
+    assert not held.flags.writeable
+    assert hold_image(held) is held
+    assert hold_image(ROOT / "garserve" / "data" / "coffee.jpg").flags.writeable is False
+
+
+def test_an_image_is_known_by_its_pixels_when_they_may_change(mini: Path) -> None:
+    processor = Processor(mini, read_config(mini))
+    box = [[10, 10, 60, 60]]
+    own = picture(0, SIZE).copy()
+    first = processor(RegionRequest(own, box)).items[0].hash
+    own[:] = picture(1, SIZE)
+    second = processor(RegionRequest(own, box)).items[0].hash
+    assert first != second
+    for number, expected in ((0, first), (1, second)):
+        held = hold_image(picture(number, SIZE).copy())
+        assert [processor(RegionRequest(held, box)).items[0].hash for _ in range(2)] == [expected] * 2
+    fewer = processor.variant(max_num_tiles=1)
+    assert fewer(RegionRequest(held, box)).items[0].hash == fewer(RegionRequest(held.copy(), box)).items[0].hash
+
+
+def test_ids_of_images_that_are_gone_name_nothing(mini: Path) -> None:
+    processor = Processor(mini, read_config(mini))
+    for number in range(200):  # memory, and with it the id, is taken again by the next image
+        held = hold_image(np.full((20, 20, 3), number % 250, np.uint8))
+        assert int(processor(RegionRequest(held, [[1, 1, 9, 9]])).items[0].tiles[0, 0, 0, 0]) == number % 250
+        del held
 
 
 # ---- workloads

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from garserve.errors import RequestError
-from garserve.inputs.images import load_image
+from garserve.inputs.images import hold_image
 from garserve.inputs.request import RegionRequest
 
 Kind = Literal["dense", "five", "questions", "stream"]
@@ -76,7 +76,7 @@ def real_workload(path: Path, *, max_tokens: int) -> Workload:
     lines = path.read_text(encoding="utf-8").splitlines()
     for line in lines:
         row = json.loads(line)
-        image = load_image(path.parent / row["image"])
+        image = hold_image(path.parent / row["image"])
         requests += [RegionRequest(image, [region], max_tokens=max_tokens) for region in row["regions"]]
     return Workload(path.name, requests, len(lines))
 
@@ -86,7 +86,7 @@ def picture(number: int, size: tuple[int, int]) -> NDArray[np.uint8]:
     with Image.open(str(files("garserve") / "data" / "coffee.jpg")) as photo:
         resized = np.asarray(photo.convert("RGB").resize(size, Image.Resampling.BICUBIC))
     shift = (7 * number % size[1], 13 * number % size[0])
-    return np.ascontiguousarray(np.roll(resized, shift, axis=(0, 1)))
+    return hold_image(np.roll(resized, shift, axis=(0, 1)))
 
 
 def region(seed: int, size: tuple[int, int]) -> NDArray[np.bool_]:

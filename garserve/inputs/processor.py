@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from threading import Lock
+from weakref import ref as weakref
 
 import numpy as np
 import torch
@@ -61,6 +62,29 @@ class _Pixels:
     digests: tuple[bytes, ...]
 
 
+class _Names:
+    """Names of images by their pixels; one that cannot change is read once, however often it is asked for."""
+
+    _MOST = 64
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], tuple[weakref[NDArray[np.uint8]], bytes]] = {}
+
+    def __call__(self, image: NDArray[np.uint8], max_num_tiles: int) -> bytes:
+        """Return the name of an image [H, W, 3] that is cut into so many tiles at most."""
+        place = (id(image), max_num_tiles)
+        held = self._known.get(place)
+        if held is not None and held[0]() is image and not image.flags.writeable:
+            return held[1]
+        shape = np.asarray(image.shape, dtype=np.int64)
+        name = blake3(shape.tobytes() + bytes([max_num_tiles])).update(np.ascontiguousarray(image).data).digest()
+        if not image.flags.writeable and image.base is None:
+            if len(self._known) >= self._MOST:
+                self._known.clear()
+            self._known[place] = (weakref(image), name)
+        return name
+
+
 class Processor:
     """Turns requests into PreparedRequests for one checkpoint; safe to use from several threads."""
 
@@ -86,11 +110,13 @@ class Processor:
         self._kept_images = kept_images
         self._fingerprint = fingerprint
         self._lock = Lock()
+        self._names = _Names()
 
     def variant(self, *, max_num_tiles: int | None = None, box_scale: BoxScale | None = None) -> "Processor":
         """Return a processor for the same checkpoint with other tiling or the other definition of the box."""
         twin = copy(self)
         twin._kept = OrderedDict()
+        twin._names = _Names()
         twin.max_num_tiles = max_num_tiles or self.max_num_tiles
         if box_scale is not None:
             twin.config = replace(self.config, replay_box_scale=box_scale)
@@ -177,8 +203,7 @@ class Processor:
         return items
 
     def _tiled(self, image: NDArray[np.uint8]) -> _Pixels:
-        shape = np.asarray(image.shape, dtype=np.int64)
-        key = blake3(shape.tobytes() + bytes([self.max_num_tiles])).update(np.ascontiguousarray(image).data).digest()
+        key = self._names(image, self.max_num_tiles)
         with self._lock:
             if (kept := self._kept.get(key)) is not None:
                 self._kept.move_to_end(key)
