@@ -78,9 +78,8 @@ def main(
         across, down = choose_grid(width, height, engine.processor.max_num_tiles, checkpoint.config.tile_size)
         tiles = 1 + across * down
         for number in range(rounds + 1):  # the first one warms up, and is not counted
-            asked = make_workload(
-                workload, images, size, max_tokens=max_tokens, group=group, first=number * images, regions=regions
-            )
+            many = {"regions": regions if number else min(regions, group), "first": number * images}
+            asked = make_workload(workload, images if number else 1, size, max_tokens=max_tokens, group=group, **many)
             before = engine.tile_counts
             for side in sides:
                 _time(side, asked.requests, counted=number > 0)

@@ -11,17 +11,13 @@ from typing import Annotated, Any
 
 import matplotlib as mpl
 import typer
-from machine import folder
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 mpl.use("Agg")
 _COLOURS = {"garserve": "#0072b2", "upstream": "#d55e00", "careful batch": "#e69f00"}
-_OURS, _PEER, _GREYS = (
-    "#0072b2",
-    "#999999",
-    ("#009e73", "#56b4e9", "#0072b2", "#cc79a7", "#e69f00", "#d55e00", "#999999"),
-)
+_OURS, _PEERS = "#0072b2", ("#d55e00", "#e69f00", "#999999", "#009e73")
+_STAGES = ("#009e73", "#56b4e9", "#0072b2", "#cc79a7", "#e69f00", "#d55e00", "#f0e442", "#999999", "#000000")
 _SIZE = (5.2, 3.2)
 
 
@@ -30,7 +26,7 @@ def main(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the figures go.")] = Path("docs"),
 ) -> None:
     """Draw every figure whose results are there."""
-    source = results or folder()
+    source = results or _own_results()
     figures: dict[str, tuple[str, Callable[[Axes, Any], None]]] = {
         "bench_regions": ("end_to_end", _regions),
         "bench_latency": ("latency", _latency),
@@ -54,6 +50,12 @@ def main(
         print(output / f"{name}.png")
 
 
+def _own_results() -> Path:
+    from machine import folder  # needs torch, which drawing does not
+
+    return folder()
+
+
 def _regions(axes: Axes, figures: dict[str, Any]) -> None:
     """Regions a second against regions of an image, tiny checkpoint, groups of 1."""
     found: dict[str, dict[int, float]] = {}
@@ -73,7 +75,7 @@ def _latency(axes: Axes, figures: list[dict[str, Any]]) -> None:
     """Where a request's time goes."""
     rows = [row for row in figures if "share" in row and row["stage"] != "E2E"]
     left = 0.0
-    for row, colour in zip(rows, _GREYS * 2, strict=False):
+    for row, colour in zip(rows, _STAGES, strict=False):
         axes.barh(
             [0], [row["milliseconds"]], left=left, color=colour, label=f"{row['stage']} {row['milliseconds']:.1f}"
         )
@@ -92,9 +94,9 @@ def _replay(axes: Axes, figures: dict[str, Any]) -> None:
                 found.setdefault(name, {})[int(match[1])] = value
     for name, points in found.items():
         places, own = sorted(points), name == "ours"
-        colour = {"color": _OURS} if own else {}
+        colour = _OURS if own else _PEERS[len(axes.lines) % len(_PEERS)]
         values = [points[place] for place in places]
-        axes.plot(places, values, "o-", label="garserve" if own else name, linewidth=2.5 if own else 1, **colour)
+        axes.plot(places, values, "o-", label="garserve" if own else name, linewidth=2.5 if own else 1, color=colour)
     axes.set(xscale="log", yscale="log", xlabel="regions", ylabel="milliseconds", title="Replay, float32, 16 tiles")
     axes.legend(frameon=False, fontsize=7)
 
