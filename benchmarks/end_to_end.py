@@ -62,6 +62,7 @@ def main(
     peer_regions: Annotated[int, typer.Option(min=1, help="Requests that a peer answers in a round.")] = 5,
     batch: Annotated[int, typer.Option(min=0, help="Batch size of the careful user; 0 leaves the peer out.")] = 4,
     max_tokens: Annotated[int, typer.Option(min=1)] = 48,
+    tile_reuse: Annotated[bool, typer.Option(help="Without: what vLLM's own features give, no tile kept.")] = True,
     save_results: Annotated[
         bool, typer.Option("--save", help="Add the rounds to benchmarks/results/.../end_to_end.json.")
     ] = False,
@@ -71,7 +72,9 @@ def main(
         folder = _checkpoint(model, depth, layers, stack)
         checkpoint = Checkpoint.open(folder)
         width, height = size = _SIZES[model]
-        engine = stack.enter_context(garserve.load(folder, dtype="float32", block_size=32))
+        engine = stack.enter_context(
+            garserve.load(folder, dtype="float32", block_size=32, tile_cache_gb=0.5 if tile_reuse else 0.0)
+        )
         known: list[tuple[int, int]] = []
         sides = _sides(checkpoint, engine, known, peer_regions, batch)
         limits = []
@@ -89,6 +92,7 @@ def main(
                 limits.append(_flops(engine, known, tiles, after.computed - before.computed))
     figures = _figures(sides, limits)
     title = f"{model}, {workload}{f' of {regions}' if workload == 'dense' else ''}, groups of {group}"
+    title += "" if tile_reuse else ", no tile kept"
     _print(title, figures)
     if save_results:
         shape = f"depth {depth}, layers {layers}" if model != "tiny" else "whole"

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -21,7 +21,6 @@ from garserve.errors import RequestError
 
 if TYPE_CHECKING:
     from garserve.bench.result import Result
-    from garserve.bench.workload import Workload
 
 benchmarks = typer.Typer(no_args_is_help=True)
 
@@ -71,12 +70,11 @@ def latency(
 ) -> None:
     """Answer requests one after the other: preprocess, vision, replay, prefill, TTFT, ITL, end to end."""
     from garserve.bench.latency import latency as measure_latency
-    from garserve.bench.workload import make_workload
+    from garserve.bench.workload import make_workload, parse_pair
     from garserve.tracing import write_chrome_trace
 
     _check_targets(save, trace)
-    pixels = _pixels(size)
-    asked = make_workload(workload, images + 1, pixels, max_tokens=max_tokens)
+    asked = make_workload(workload, images + 1, parse_pair("--size", size), max_tokens=max_tokens)
     each = len(asked.requests) // (images + 1)
     with open_engine(
         checkpoint, backend, engine_option, verbose, max_num_tiles=max_num_tiles, tile_cache_gb=tile_cache_gb
@@ -109,11 +107,15 @@ def throughput(
 ) -> None:
     """Answer many requests together: regions, images and tokens a second."""
     from garserve.bench.throughput import throughput as measure_throughput
-    from garserve.bench.workload import make_workload
+    from garserve.bench.workload import make_workload, parse_pair, real_workload
 
     _check_targets(save)
-    asked = _workload(workload, images, size, regions, max_tokens, group)
-    warm = make_workload("stream", 1, _pixels(size), max_tokens=max_tokens).requests[0]
+    pixels = parse_pair("--size", size)
+    if regions is None:
+        asked = make_workload(workload, images, pixels, max_tokens=max_tokens, group=group)
+    else:
+        asked = real_workload(regions, max_tokens=max_tokens)
+    warm = make_workload("stream", 1, pixels, max_tokens=max_tokens).requests[0]
     with open_engine(
         checkpoint, backend, engine_option, verbose, max_num_tiles=max_num_tiles, tile_cache_gb=tile_cache_gb
     ) as engine:
@@ -134,9 +136,11 @@ def preprocess(
 ) -> None:
     """Prepare requests about one photograph: masks, tiles and prompt, without a model."""
     from garserve.bench.preprocess import preprocess as measure_preprocess
+    from garserve.bench.workload import parse_pair
 
     _check_targets(save)
-    _show(measure_preprocess(resolve(checkpoint), _pixels(size), regions, max_num_tiles, rounds), as_json, save)
+    pixels = parse_pair("--size", size)
+    _show(measure_preprocess(resolve(checkpoint), pixels, regions, max_num_tiles, rounds), as_json, save)
 
 
 @benchmarks.command()
@@ -167,10 +171,11 @@ def replay(
 ) -> None:
     """Replay 1 to 100 regions of an image of this checkpoint's shape; peers are in benchmarks/replay.py."""
     from garserve.bench.operators import replay as measure_replay
+    from garserve.bench.workload import parse_pair
     from garserve.config import read_config
 
     _check_targets(save)
-    _show(measure_replay(read_config(resolve(checkpoint)), _pair("--grid", grid), dtype, rounds), as_json, save)
+    _show(measure_replay(read_config(resolve(checkpoint)), parse_pair("--grid", grid), dtype, rounds), as_json, save)
 
 
 @benchmarks.command()
@@ -197,7 +202,6 @@ def serve(
     workload: _KindOption = "dense",
     images: _ImagesOption = 4,
     size: _SizeOption = "640x480",
-    regions: _RegionsOption = None,
     rate: Annotated[
         float | None, typer.Option(min=0.001, help="Requests a second, sent whatever is under way (open loop).")
     ] = None,
@@ -217,22 +221,15 @@ def serve(
     from garserve.bench.load import bodies
     from garserve.bench.serve import Limits
     from garserve.bench.serve import serve as measure_serve
+    from garserve.bench.workload import make_workload, parse_pair
 
     _check_targets(save)
-    asked = _workload(workload, images, size, regions, max_tokens, group=1)
+    asked = make_workload(workload, images, parse_pair("--size", size), max_tokens=max_tokens)
     limits = Limits(slo_ttft, slo_itl, slo_e2e)
     conditions = f"{asked.name}, {asked.images} images of {size} pixels"
     requests = bodies(asked, model, max_tokens)
     result = measure_serve(url, requests, conditions, limits, rate=rate, clients=clients, seed=seed)
     _show(result, as_json, save)
-
-
-def _workload(kind: _Kind, images: int, size: str, regions: Path | None, max_tokens: int, group: int) -> "Workload":
-    from garserve.bench.workload import make_workload, real_workload
-
-    if regions is not None:
-        return real_workload(regions, max_tokens=max_tokens)
-    return make_workload(kind, images, _pixels(size), max_tokens=max_tokens, group=group)
 
 
 def _show(result: "Result", as_json: bool, save: Path | None) -> None:
@@ -250,14 +247,3 @@ def _check_targets(*targets: Path | None) -> None:
     for target in targets:
         if target is not None and not target.parent.is_dir():
             raise RequestError(f"{target}: no such folder: {target.parent}")
-
-
-def _pixels(text: str) -> tuple[int, int]:
-    return _pair("--size", text)
-
-
-def _pair(name: str, text: str) -> tuple[int, int]:
-    parts: Any = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdigit() and 0 < int(part) <= 20_000 for part in parts):
-        raise RequestError(f"{name}: expected two whole numbers as in 640x480, got {text!r:.40}")
-    return int(parts[0]), int(parts[1])

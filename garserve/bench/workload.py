@@ -26,6 +26,7 @@ KINDS: dict[Kind, str] = {
 }
 DENSE = 20
 _FIVE, _QUESTIONS = 5, 10
+_LONGEST_SIDE = 20_000
 _SMALLEST, _LARGEST = 0.004, 0.15  # of the image, what a region covers
 
 
@@ -79,6 +80,14 @@ def real_workload(path: Path, *, max_tokens: int) -> Workload:
         image = hold_image(path.parent / row["image"])
         requests += [RegionRequest(image, [region], max_tokens=max_tokens) for region in row["regions"]]
     return Workload(path.name, requests, len(lines))
+
+
+def parse_pair(option: str, text: str) -> tuple[int, int]:
+    """Read two whole numbers as in 640x480. Raises RequestError naming the option."""
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() and 0 < int(part) <= _LONGEST_SIDE for part in parts):
+        raise RequestError(f"{option}: expected two whole numbers as in 640x480, got {text!r:.40}")
+    return int(parts[0]), int(parts[1])
 
 
 def picture(number: int, size: tuple[int, int]) -> NDArray[np.uint8]:
