@@ -3,6 +3,7 @@
 Done again for each region, as a transformers processor does: it knows nothing of the request before.
 """
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from garserve.config import GARConfig
 from garserve.inputs.prompts import CURIOUS, DEFAULT_SYSTEM, DESCRIBE
 from garserve.inputs.tiles import Grid, choose_grid
 
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes to it here
 _SINGLE = 1  # the authors name the region of the single-region form <Prompt1>
 
 
