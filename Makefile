@@ -4,8 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
+RESULTS = $(shell $(BIN)/python benchmarks/machine.py)
+REDUCED := --model GAR-1B --depth 3 --layers 2 --max-tokens 24 --peer-regions 4
 
-.PHONY: demo test lint gpu-check setup lock clean
+.PHONY: demo test lint gpu-check bench bench-full setup lock clean
 
 demo: setup
 	$(BIN)/garserve demo
@@ -22,6 +24,26 @@ lint: setup
 gpu-check:
 	GARSERVE_TEST_DEVICE=cuda $(PYTHON) -m pytest tests/test_kernels.py -q
 	$(PYTHON) benchmarks/replay.py --device cuda --save
+
+# Figures of this machine into benchmarks/results: `bench` in minutes with the tiny checkpoint, `bench-full` also with random
+# weights of GAR-1B's shape, its tower and decoder cut to 3 of 23 blocks and 2 of 16 layers. pip adds what only they need.
+bench: setup
+	$(PIP) 'matplotlib>=3.9' 'pytest-benchmark>=5'
+	$(BIN)/python -m pytest benchmarks/test_micro.py -q --benchmark-json=$(RESULTS)/micro.json
+	$(BIN)/garserve bench latency --save $(RESULTS)/latency.json
+	$(BIN)/garserve bench startup --runs 1 --save $(RESULTS)/startup.json
+	$(BIN)/python benchmarks/preprocess.py --rounds 3 --save
+	for regions in 1 5 20; do $(BIN)/python benchmarks/end_to_end.py --regions $$regions --save || exit 1; done
+	$(BIN)/python benchmarks/end_to_end.py --group 4 --save
+	$(BIN)/python benchmarks/plot.py
+
+bench-full: bench
+	$(BIN)/python benchmarks/replay.py --save
+	for workload in five questions stream; do $(BIN)/python benchmarks/end_to_end.py --workload $$workload --save || exit 1; done
+	$(BIN)/python benchmarks/end_to_end.py $(REDUCED) --save
+	$(BIN)/python benchmarks/end_to_end.py $(REDUCED) --group 4 --save
+	$(BIN)/python benchmarks/end_to_end.py $(REDUCED) --workload stream --images 4 --save
+	$(BIN)/python benchmarks/plot.py
 
 setup: $(READY)
 

@@ -15,11 +15,12 @@ from garserve.errors import GarserveError, InputError, RequestError
 from garserve.export.choice import choose_vision, open_vision
 from garserve.generation import OnReport, Progress, Report, Sampling
 from garserve.inputs.encoded import EncodedImage
-from garserve.inputs.images import ImageSource, load_image
+from garserve.inputs.images import ImageSource, hold_image
 from garserve.inputs.processor import PreparedRequest, Processor
 from garserve.inputs.prompts import stop_token_id
 from garserve.inputs.request import RegionRequest, Turn
 from garserve.model.fingerprint import vision_fingerprint
+from garserve.tracing import span
 
 if TYPE_CHECKING:
     from garserve.model.tile_cache import TileCounts
@@ -137,7 +138,7 @@ class Engine:
         """
         if isinstance(image, EncodedImage):
             return list(self.describe_many([RegionRequest(image, regions, **options)]))
-        given = RegionRequest(load_image(image), regions, **options)
+        given = RegionRequest(hold_image(image), regions, **options)
         singles = [replace(given, regions=[region]) for region in given.parsed_regions()]
         return list(self.describe_many(singles))
 
@@ -149,7 +150,7 @@ class Engine:
         """Start a conversation about the regions of one image; its first question is what is said first."""
         if "question" in options or "turns" in options:
             raise RequestError("chat: takes no question or turns; say them")
-        held = image if isinstance(image, EncodedImage) else load_image(image)
+        held = image if isinstance(image, EncodedImage) else hold_image(image)
         return Chat(self, RegionRequest(held, regions, **options))
 
     def describe_many(self, requests: Iterable[RegionRequest], *, in_flight: int = 32) -> Iterator[Answer]:
@@ -199,8 +200,10 @@ class Engine:
         """Return the answer that ends with a report; `ids` where its tokens came in several."""
         ids = last.new_token_ids if ids is None else ids
         token_ids = ids[:-1] if ids and ids[-1] == self.stop_id else list(ids)
+        with span("decode text"):
+            text = self.processor.tokenizer.decode(token_ids)
         return Answer(
-            text=self.processor.tokenizer.decode(token_ids),
+            text=text,
             token_ids=token_ids,
             finish_reason=last.finish_reason or "stop",
             prompt_tokens=len(prepared.token_ids),

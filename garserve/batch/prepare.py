@@ -19,7 +19,7 @@ from garserve.checkpoint import Checkpoint
 from garserve.config import BoxScale, read_config
 from garserve.errors import ImageError, InputError, RequestError
 from garserve.inputs.encoded import SUFFIX, EncodedImage
-from garserve.inputs.images import load_image
+from garserve.inputs.images import hold_image
 from garserve.inputs.processor import PreparedRequest, Processor, draw_masks
 from garserve.inputs.regions import Region, normalised_box
 from garserve.inputs.request import RegionRequest, Turn
@@ -239,14 +239,14 @@ def _entry(
 
 def _image(record: Record) -> NDArray[np.uint8]:
     try:
-        return load_image(image_content(record.image))
+        return hold_image(image_content(record.image))
     except ImageError as error:
         name = record.image_name
         raise ImageError(str(error).replace("image bytes", name, 1) if name else str(error)) from None
 
 
 def image_content(image: ImageRef) -> str | bytes:
-    """Return what load_image takes: a path, a data URL, or bytes; ImageError where a member cannot be read."""
+    """Return what hold_image takes: a path, a data URL, or bytes; ImageError where a member cannot be read."""
     if not isinstance(image, Member):
         return image
     try:

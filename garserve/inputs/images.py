@@ -45,6 +45,18 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> NDArray[
         return _guarded(name, lambda: _to_rgb(open_picture(file, name, max_pixels), name, max_pixels))
 
 
+def hold_image(source: ImageSource) -> NDArray[np.uint8]:
+    """Read an image that several requests will name: read-only memory of its own, so that who has seen it knows it
+    again without looking at its pixels. Raises ImageError, as load_image does.
+    """
+    image = load_image(source)
+    if image.flags.writeable or image.base is not None:
+        if image is source or image.base is not None:
+            image = image.copy()
+        image.setflags(write=False)
+    return image
+
+
 def load_mask(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read an image file as it is, for use as a mask: no conversion, no orientation. Raises ImageError."""
     file, name = _open_bytes(path)

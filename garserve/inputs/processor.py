@@ -4,8 +4,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from threading import Lock
+from weakref import ref as weakref
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from garserve.inputs.roi import RoI, replay_roi
 from garserve.inputs.shapes import Box, Mask
 from garserve.inputs.tiles import TiledImage, pack_mask, tile_image, tile_mask
 from garserve.inputs.tokenizer import GARTokenizer
+from garserve.tracing import span
 
 KEY_BYTES = 16
 
@@ -59,6 +62,29 @@ class _Pixels:
     digests: tuple[bytes, ...]
 
 
+class _Names:
+    """Names of images by their pixels; one that cannot change is read once, however often it is asked for."""
+
+    _MOST = 64
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], tuple[weakref[NDArray[np.uint8]], bytes]] = {}
+
+    def __call__(self, image: NDArray[np.uint8], max_num_tiles: int) -> bytes:
+        """Return the name of an image [H, W, 3] that is cut into so many tiles at most."""
+        place = (id(image), max_num_tiles)
+        held = self._known.get(place)
+        if held is not None and held[0]() is image and not image.flags.writeable:
+            return held[1]
+        shape = np.asarray(image.shape, dtype=np.int64)
+        name = blake3(shape.tobytes() + bytes([max_num_tiles])).update(np.ascontiguousarray(image).data).digest()
+        if not image.flags.writeable and image.base is None:
+            if len(self._known) >= self._MOST:
+                self._known.clear()
+            self._known[place] = (weakref(image), name)
+        return name
+
+
 class Processor:
     """Turns requests into PreparedRequests for one checkpoint; safe to use from several threads."""
 
@@ -84,11 +110,13 @@ class Processor:
         self._kept_images = kept_images
         self._fingerprint = fingerprint
         self._lock = Lock()
+        self._names = _Names()
 
     def variant(self, *, max_num_tiles: int | None = None, box_scale: BoxScale | None = None) -> "Processor":
         """Return a processor for the same checkpoint with other tiling or the other definition of the box."""
         twin = copy(self)
         twin._kept = OrderedDict()
+        twin._names = _Names()
         twin.max_num_tiles = max_num_tiles or self.max_num_tiles
         if box_scale is not None:
             twin.config = replace(self.config, replay_box_scale=box_scale)
@@ -99,14 +127,21 @@ class Processor:
 
         Raises an InputError that names the field where anything about the request cannot be used.
         """
+        with span("preprocess"):
+            return self._read(request)
+
+    def _read(self, request: RegionRequest) -> PreparedRequest:
         if isinstance(request.image, EncodedImage):
             request.check(self.config.prompt_count)
             return self._encoded(request, request.image)
         regions = request.parsed_regions()
         request.check(self.config.prompt_count)
-        image = load_image(request.image)
-        masks = draw_masks(regions, image.shape[0], image.shape[1])
-        return self.prepare(request, image, masks, [normalised_box(mask) for mask in masks])
+        with span("read image"):
+            image = load_image(request.image)
+        with span("draw masks"):
+            masks = draw_masks(regions, image.shape[0], image.shape[1])
+            boxes = [normalised_box(mask) for mask in masks]
+        return self.prepare(request, image, masks, boxes)
 
     def prepare(
         self, request: RegionRequest, image: NDArray[np.uint8], masks: Sequence[Mask], boxes: Sequence[Box]
@@ -114,7 +149,8 @@ class Processor:
         """Lay out a checked request of which image [H, W, 3], masks [H, W] and normalised boxes are at hand."""
         listed = request.listed()
         items = self.items(image, masks, [boxes[position] for position in listed])
-        prompt = assemble(request, len(items[0].tiles), self.tokenizer, self.config)
+        with span("assemble prompt"):
+            prompt = assemble(request, len(items[0].tiles), self.tokenizer, self.config)
         return PreparedRequest(prompt.token_ids, items, [prompt.image_span, *prompt.region_spans], list(boxes))
 
     def all_items(self, request: RegionRequest) -> list[Item]:
@@ -147,9 +183,14 @@ class Processor:
 
     def items(self, image: NDArray[np.uint8], masks: Sequence[Mask], boxes: Sequence[Box]) -> list[Item]:
         """Return the image's item, marked with the union of all masks, and one region item for each box."""
-        pixels = self._tiled(image)
+        with span("tile image"):
+            pixels = self._tiled(image)
+        with span("tile masks"):
+            return self._marked(pixels, masks, boxes)
+
+    def _marked(self, pixels: _Pixels, masks: Sequence[Mask], boxes: Sequence[Box]) -> list[Item]:
         tiles, grid = pixels.image.tiles, pixels.image.grid
-        packed = pack_mask(tile_mask(np.logical_or.reduce(list(masks)), grid, self.config.tile_size))
+        packed = pack_mask(tile_mask(reduce(np.logical_or, masks), grid, self.config.tile_size))
         keys = tuple(
             blake3(digest + mask.tobytes()).digest(KEY_BYTES)
             for digest, mask in zip(pixels.digests, packed.numpy(), strict=True)
@@ -162,8 +203,7 @@ class Processor:
         return items
 
     def _tiled(self, image: NDArray[np.uint8]) -> _Pixels:
-        shape = np.asarray(image.shape, dtype=np.int64)
-        key = blake3(shape.tobytes() + bytes([self.max_num_tiles])).update(np.ascontiguousarray(image).data).digest()
+        key = self._names(image, self.max_num_tiles)
         with self._lock:
             if (kept := self._kept.get(key)) is not None:
                 self._kept.move_to_end(key)

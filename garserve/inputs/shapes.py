@@ -67,7 +67,7 @@ class MaskShape:
             )
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise RegionError(f"{self.kind}: holds NaN or infinite values")
-        return array != 0
+        return array if array.dtype == np.bool_ else array != 0
 
 
 def _mask_of_image(image: Image.Image) -> Mask:

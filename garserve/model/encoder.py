@@ -11,6 +11,7 @@ from garserve.model.patch_tokens import normalise, patch_tokens, unpack
 from garserve.model.replay import ReplayPlan
 from garserve.model.tile_cache import Placement, TileCache
 from garserve.model.vision import Projector, VisionTower
+from garserve.tracing import span
 
 # Computes uint8 tiles [T, 3, S, S] with masks of bits [T, S, ceil(S/8)] to features [T, n², C], any float dtype.
 TileFeatures = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -74,7 +75,8 @@ class RegionEncoder(nn.Module):
             else:
                 torch.index_select(features, 0, _indices(own, features), out=view.unflatten(0, (-1, tokens)))
             row += count
-        plan.run(features, out, self.config.tokens_per_side)
+        with span("replay"):
+            plan.run(features, out, self.config.tokens_per_side)
         return views
 
     def allocate(self) -> None:
@@ -95,7 +97,10 @@ class RegionEncoder(nn.Module):
         missing = [keys[position] for position in placement.missing]
         if missing:
             try:
-                computed = self.features(*(torch.stack(part) for part in zip(*map(tiles.get, missing), strict=True)))
+                with span("vision"):
+                    computed = self.features(
+                        *(torch.stack(part) for part in zip(*map(tiles.get, missing), strict=True))
+                    )
                 slots = [placement.slots[position] for position in placement.missing]
                 placement.features.index_copy_(0, _indices(slots, computed), computed)
             except BaseException:

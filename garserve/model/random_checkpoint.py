@@ -43,15 +43,27 @@ content that the user provides, and assist the user with a variety of tasks usin
 
 
 def write_random_checkpoint(
-    folder: Path, model: PresetName = "mini", *, seed: int = 0, box_scale: str = "geometric", **text_overrides: Any
+    folder: Path,
+    model: PresetName = "mini",
+    *,
+    seed: int = 0,
+    box_scale: str = "geometric",
+    depth: int | None = None,
+    dtype: str | None = None,
+    **text_overrides: Any,
 ) -> Path:
     """Write a whole checkpoint with random weights into `folder` and return it; the same seed gives the same bytes.
 
-    `text_overrides` replace fields of the decoder's config (`num_hidden_layers=2` makes a large model affordable).
+    `text_overrides` replace fields of the decoder's config (`num_hidden_layers=2` makes a large model affordable),
+    `depth` the tower's number of blocks, `dtype` that of the weights.
     """
     config, preprocessor = preset(model)
     config["replay_box_scale"] = box_scale
     config["mllm_config"]["text_config"] |= text_overrides
+    if depth is not None:
+        config["mllm_config"]["vision_config"]["model_args"]["depth"] = depth
+    if dtype is not None:
+        config["dtype"] = dtype
     parsed = parse_config(config, preprocessor)
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)

@@ -12,6 +12,7 @@ from garserve.config import GARConfig
 from garserve.errors import CheckpointError
 from garserve.inputs.processor import PreparedRequest
 from garserve.model.encoder import RegionEncoder, TileFeatures
+from garserve.tracing import span
 
 
 class ReferenceGAR(nn.Module):
@@ -85,9 +86,10 @@ class ReferenceGAR(nn.Module):
             inputs[index, longest - len(row) :] = row
             attention[index, longest - len(row) :] = 1
         positions = (attention.cumsum(1) - 1).clamp(min=0)
-        out = self.language_model(
-            inputs_embeds=inputs, attention_mask=attention, position_ids=positions, use_cache=True, logits_to_keep=1
-        )
+        with span("decoder"):
+            out = self.language_model(
+                inputs_embeds=inputs, attention_mask=attention, position_ids=positions, use_cache=True, logits_to_keep=1
+            )
         first = out.logits[:, -1].float()
         tokens: list[list[int]] = [[] for _ in rows]
         running = [True] * len(rows)
@@ -104,13 +106,14 @@ class ReferenceGAR(nn.Module):
                 return tokens, first
             attention = torch.cat([attention, attention.new_ones(len(rows), 1)], dim=1)
             position = position + 1
-            out = self.language_model(
-                input_ids=chosen[:, None],
-                attention_mask=attention,
-                position_ids=position,
-                past_key_values=out.past_key_values,
-                use_cache=True,
-            )
+            with span("decoder"):
+                out = self.language_model(
+                    input_ids=chosen[:, None],
+                    attention_mask=attention,
+                    position_ids=position,
+                    past_key_values=out.past_key_values,
+                    use_cache=True,
+                )
             logits = out.logits[:, -1].float()
 
 

@@ -13,6 +13,7 @@ from garserve.inputs.processor import PreparedRequest
 from garserve.model.encoder import TileFeatures
 from garserve.model.reference import ReferenceGAR
 from garserve.model.tile_cache import TileCounts
+from garserve.tracing import span
 
 _Job = tuple[PreparedRequest, Sampling, OnReport, threading.Event]
 
@@ -96,7 +97,8 @@ class ReferenceBackend:
 
         try:
             limits = [job[1].max_tokens for job in jobs]
-            tokens, logits = self.model.generate([job[0] for job in jobs], limits, stop, on_token)
+            with span("engine step"):
+                tokens, logits = self.model.generate([job[0] for job in jobs], limits, stop, on_token)
         except Exception as error:  # reported to whoever waits, the thread lives on
             for job in jobs:
                 deliver(job[2], error)

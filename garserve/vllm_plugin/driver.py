@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from garserve.errors import GarserveError, RequestError
 from garserve.generation import OnReport, Progress, Sampling, deliver
 from garserve.inputs.processor import PreparedRequest
+from garserve.tracing import span
 from garserve.vllm_plugin.arguments import engine_environment, sampling_params
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ class EngineDriver:
         def add() -> None:
             self._running[number] = running = _Running(on_report)
             try:
-                running.engine_id = self._add(number, prepared, sampling)
+                with span("hand over"):
+                    running.engine_id = self._add(number, prepared, sampling)
             except Exception as error:  # vLLM refuses requests with several kinds of error
                 del self._running[number]
                 if _is_dead(self.engine):
@@ -159,7 +161,9 @@ class EngineDriver:
                 return True
 
     def _step(self) -> None:
-        for output in self.engine.step():
+        with span("engine step"):
+            outputs = self.engine.step()
+        for output in outputs:
             running = self._running.get(output.request_id)
             if running is None:
                 continue

@@ -16,6 +16,7 @@ from garserve.config import read_config
 from garserve.model.encoder import RegionEncoder
 from garserve.model.fingerprint import VISION_PREFIXES, vision_fingerprint
 from garserve.model.onnx_vision import OnnxVision
+from garserve.tracing import span
 from garserve.vllm_plugin.multimodal import (
     IMAGE_TOKEN,
     GARDummyInputs,
@@ -94,11 +95,13 @@ class GARForRegions(nn.Module, SupportsMultiModal, SupportsPP):
         """Run the decoder on one step's tokens or embeddings."""
         if intermediate_tensors is not None:
             inputs_embeds = None
-        return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
+        with span("decoder"):
+            return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Return the logits of hidden states [N, C]."""
-        return self.language_model.compute_logits(hidden_states)
+        with span("decoder"):
+            return self.language_model.compute_logits(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint's tensors by name; vLLM refuses unknown ones and missing ones.

@@ -1,0 +1,143 @@
+"""Load on a running server: requests at given times or by given clients, and when each token of each came back."""
+
+import asyncio
+import base64
+import io
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco
+
+from garserve.bench.workload import Workload
+from garserve.inputs.request import RegionRequest
+
+_TIMEOUT = 600.0  # seconds for one answer
+
+
+@dataclass
+class Outcome:
+    """One request: when it was sent and when it was due, when tokens came (perf_counter), or what went wrong."""
+
+    due: float
+    sent: float = 0.0
+    arrivals: list[float] = field(default_factory=list)
+    tokens: int = 0
+    error: str | None = None
+
+    @property
+    def ttft(self) -> float:
+        """Seconds to the first token, from when the request was due: a late client hides no waiting."""
+        return self.arrivals[0] - self.due
+
+    @property
+    def e2e(self) -> float:
+        """Seconds to the last token."""
+        return self.arrivals[-1] - self.due
+
+    @property
+    def itl(self) -> float:
+        """Mean seconds between tokens; 0 for an answer of one token."""
+        return (self.arrivals[-1] - self.arrivals[0]) / (self.tokens - 1) if self.tokens > 1 else 0.0
+
+
+def bodies(workload: Workload, model: str, max_tokens: int) -> list[dict[str, Any]]:
+    """Return each request as the body of a streaming chat completion; an image is encoded once."""
+    urls: dict[int, str] = {}
+    made = []
+    for request in workload.requests:
+        if id(request.image) not in urls:
+            urls[id(request.image)] = _data_url(request.image)
+        image = {"type": "image_url", "image_url": {"url": urls[id(request.image)]}, "regions": _regions(request)}
+        content: list[dict[str, Any]] = [image]
+        if request.question is not None:
+            content.append({"type": "text", "text": request.question})
+        body = {"model": model, "messages": [{"role": "user", "content": content}], "stream": True, "temperature": 0}
+        made.append(body | {"max_tokens": max_tokens, "stream_options": {"include_usage": True}})
+    return made
+
+
+async def open_loop(url: str, requests: Sequence[dict[str, Any]], rate: float, seed: int) -> list[Outcome]:
+    """Send requests at the times of a Poisson process of `rate` a second, whatever is still under way."""
+    gaps = np.random.default_rng(seed).exponential(1 / rate, len(requests))
+    start = time.perf_counter() + 0.1
+    dues = [start + float(at) for at in np.cumsum(gaps)]
+
+    async def at_its_time(client: httpx.AsyncClient, body: dict[str, Any], due: float) -> Outcome:
+        await asyncio.sleep(max(due - time.perf_counter(), 0))
+        return await _ask(client, url, body, due)
+
+    async with _client(len(requests)) as client:
+        jobs = [at_its_time(client, body, due) for body, due in zip(requests, dues, strict=True)]
+        return list(await asyncio.gather(*jobs))
+
+
+async def closed_loop(url: str, requests: Sequence[dict[str, Any]], clients: int) -> list[Outcome]:
+    """Let so many clients send one request after the other until all are answered."""
+    waiting = iter(requests)
+    found: list[Outcome] = []
+
+    async def one_client(client: httpx.AsyncClient) -> None:
+        for body in waiting:
+            found.append(await _ask(client, url, body, time.perf_counter()))
+
+    async with _client(clients) as client:
+        await asyncio.gather(*(one_client(client) for _ in range(clients)))
+    return found
+
+
+def _client(connections: int) -> httpx.AsyncClient:
+    limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+    return httpx.AsyncClient(timeout=_TIMEOUT, limits=limits, trust_env=False)
+
+
+async def _ask(client: httpx.AsyncClient, url: str, body: dict[str, Any], due: float) -> Outcome:
+    outcome = Outcome(due, time.perf_counter())
+    try:
+        async with client.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
+            if response.status_code != httpx.codes.OK:
+                text = (await response.aread()).decode(errors="replace")
+                outcome.error = f"status {response.status_code}: {text[:200]}"
+                return outcome
+            async for event in _events(response):
+                _note(outcome, event)
+    except httpx.HTTPError as error:
+        outcome.error = f"{type(error).__name__}: {error}"
+    if outcome.error is None and not outcome.arrivals:
+        outcome.error = "an answer without a token"
+    return outcome
+
+
+async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    async for line in response.aiter_lines():
+        payload = line.removeprefix("data:").strip()
+        if line.startswith("data:") and payload != "[DONE]":
+            yield json.loads(payload)
+
+
+def _note(outcome: Outcome, event: dict[str, Any]) -> None:
+    """Note what an event brings: a piece of text, the usage at the end, or an error in the middle of the stream."""
+    if "error" in event:
+        outcome.error = str(event["error"])[:200]
+        return
+    if any((choice.get("delta") or {}).get("content") for choice in event.get("choices") or []):
+        outcome.arrivals.append(time.perf_counter())
+        outcome.tokens = max(outcome.tokens, len(outcome.arrivals))
+    if (usage := event.get("usage")) is not None:
+        outcome.tokens = int(usage.get("completion_tokens") or outcome.tokens)
+
+
+def _data_url(image: Any) -> str:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=90)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _regions(request: RegionRequest) -> list[dict[str, Any]]:
+    encoded = [coco.encode(np.asfortranarray(mask, dtype=np.uint8)) for mask in request.regions]
+    return [{"rle": {"size": list(one["size"]), "counts": one["counts"].decode()}} for one in encoded]

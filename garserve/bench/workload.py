@@ -1,0 +1,125 @@
+"""What is asked while measuring: photographs made of one that comes with garserve, and regions of random shapes.
+
+The same arguments give the same requests. Real masks come from a file of garserve's request lines.
+"""
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from garserve.errors import RequestError
+from garserve.inputs.images import hold_image
+from garserve.inputs.request import RegionRequest
+
+Kind = Literal["dense", "five", "questions", "stream"]
+KINDS: dict[Kind, str] = {
+    "dense": "20 regions an image, each described",
+    "five": "one question about five regions of each image",
+    "questions": "ten questions about the same five regions of each image",
+    "stream": "images that differ, one region each",
+}
+DENSE = 20
+_FIVE, _QUESTIONS = 5, 10
+_LONGEST_SIDE = 20_000
+_SMALLEST, _LARGEST = 0.004, 0.15  # of the image, what a region covers
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests in the order in which they are asked. `regions` counts answers about a region, or about several."""
+
+    name: str
+    requests: list[RegionRequest]
+    images: int
+
+    @property
+    def regions(self) -> int:
+        """How many answers there are."""
+        return len(self.requests)
+
+
+def make_workload(
+    kind: Kind,
+    images: int,
+    size: tuple[int, int],
+    *,
+    max_tokens: int,
+    group: int = 1,
+    first: int = 0,
+    regions: int = DENSE,
+) -> Workload:
+    """Draw the requests of one kind over so many images of `size` (width, height), numbered from `first` on.
+
+    A dense image has `regions` regions, of which `group` are asked about under one mask, each by itself, as
+    `garserve batch --group` does.
+    Raises RequestError where group is not 1 to 5, or not 1 with another kind.
+    """
+    if not 1 <= group <= _FIVE or (group > 1 and kind != "dense"):
+        raise RequestError(f"group: expected 1 to {_FIVE}, more than 1 with dense only, got {group} with {kind}")
+    requests: list[RegionRequest] = []
+    for number in range(first, first + images):
+        image = picture(number, size)
+        count = regions if kind == "dense" else 1 if kind == "stream" else _FIVE
+        masks = [region(number * 100 + i, size) for i in range(count)]
+        requests += _asked(kind, image, masks, group, max_tokens)
+    return Workload(kind, requests, images)
+
+
+def real_workload(path: Path, *, max_tokens: int) -> Workload:
+    """Describe every region of a file of lines {"image": path, "regions": […]} by itself."""
+    requests: list[RegionRequest] = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        row = json.loads(line)
+        image = hold_image(path.parent / row["image"])
+        requests += [RegionRequest(image, [region], max_tokens=max_tokens) for region in row["regions"]]
+    return Workload(path.name, requests, len(lines))
+
+
+def parse_pair(option: str, text: str) -> tuple[int, int]:
+    """Read two whole numbers as in 640x480. Raises RequestError naming the option."""
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() and 0 < int(part) <= _LONGEST_SIDE for part in parts):
+        raise RequestError(f"{option}: expected two whole numbers as in 640x480, got {text!r:.40}")
+    return int(parts[0]), int(parts[1])
+
+
+def picture(number: int, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Return a photograph [H, W, 3] that differs from those of other numbers in every tile."""
+    with Image.open(str(files("garserve") / "data" / "coffee.jpg")) as photo:
+        resized = np.asarray(photo.convert("RGB").resize(size, Image.Resampling.BICUBIC))
+    shift = (7 * number % size[1], 13 * number % size[0])
+    return hold_image(np.roll(resized, shift, axis=(0, 1)))
+
+
+def region(seed: int, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Return an ellipse [H, W] somewhere inside the image, between 0.4 and 15 % of it."""
+    width, height = size
+    rng = np.random.default_rng(seed)
+    area = np.exp(rng.uniform(np.log(_SMALLEST), np.log(_LARGEST)))
+    ratio = np.exp(rng.uniform(-0.7, 0.7))
+    x_reach, y_reach = (max(np.sqrt(area * r / np.pi), 1 / min(size)) for r in (ratio, 1 / ratio))
+    x, y = rng.uniform(x_reach, 1 - x_reach), rng.uniform(y_reach, 1 - y_reach)
+    columns, rows = (np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height
+    return np.asarray(((columns - x) / x_reach)[None, :] ** 2 + ((rows - y) / y_reach)[:, None] ** 2 <= 1)
+
+
+def _asked(kind: Kind, image: NDArray[np.uint8], masks: list[Any], group: int, max_tokens: int) -> list[RegionRequest]:
+    if kind == "stream" or (kind == "dense" and group == 1):
+        return [RegionRequest(image, [mask], max_tokens=max_tokens) for mask in masks]
+    if kind == "dense":
+        asked = []
+        for start in range(0, len(masks), group):
+            some = masks[start : start + group]
+            for number in range(len(some)):
+                text = f"Describe <Prompt{number}> in detail."
+                asked.append(RegionRequest(image, some, text, focus=[number], max_tokens=max_tokens))
+        return asked
+    texts = [f"Where is <Prompt{i % 5}> relative to <Prompt{(i + 1 + i // 5) % 5}>?" for i in range(_QUESTIONS)]
+    return [RegionRequest(image, masks, text, max_tokens=max_tokens) for text in texts[: 1 if kind == "five" else None]]

@@ -1,0 +1,249 @@
+"""`garserve bench`: how fast a checkpoint is on this machine, and how near to what the machine can do (floor 8)."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from garserve.checkpoint import TINY, resolve
+from garserve.cli_options import (
+    Backend,
+    CheckpointOption,
+    EngineOption,
+    JsonOption,
+    MaxTilesOption,
+    TileCacheOption,
+    VerboseOption,
+)
+from garserve.cli_shared import console, open_engine, status_console
+from garserve.errors import RequestError
+
+if TYPE_CHECKING:
+    from garserve.bench.result import Result
+
+benchmarks = typer.Typer(no_args_is_help=True)
+
+_Kind = Literal["dense", "five", "questions", "stream"]
+_KindOption = Annotated[
+    _Kind,
+    typer.Option(
+        "--workload",
+        help="dense: 20 regions an image; five: a question about five regions; questions: ten about the same five; "
+        "stream: one region on each image.",
+    ),
+]
+_ImagesOption = Annotated[int, typer.Option(min=1, help="Images.")]
+_SizeOption = Annotated[str, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels of the images.")]
+_RegionsOption = Annotated[
+    Path | None, typer.Option(help='Real masks instead: lines {"image": path, "regions": [...]}.')
+]
+_AnswerOption = Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer in tokens.")]
+_GroupOption = Annotated[int, typer.Option(min=1, max=5, help="Regions of a dense image that share one mask.")]
+_RoundsOption = Annotated[int, typer.Option(min=1, help="Runs, of which the median is shown.")]
+_SaveOption = Annotated[Path | None, typer.Option("--save", help="Write the figures here as JSON.")]
+_DtypeOption = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the features.")]
+
+
+@benchmarks.callback()
+def root() -> None:
+    """Measure latency, throughput and their parts, with the machine, the versions and the distance to a limit."""
+
+
+@benchmarks.command()
+def latency(
+    checkpoint: CheckpointOption = TINY,
+    workload: _KindOption = "stream",
+    images: _ImagesOption = 9,
+    size: _SizeOption = "640x480",
+    max_tokens: _AnswerOption = 64,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write the last request's spans here, in Chrome's trace format.")
+    ] = None,
+    max_num_tiles: MaxTilesOption = None,
+    backend: Backend = "vllm",
+    tile_cache_gb: TileCacheOption = None,
+    engine_option: EngineOption = None,
+    as_json: JsonOption = False,
+    save: _SaveOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Answer requests one after the other: preprocess, vision, replay, prefill, TTFT, ITL, end to end."""
+    from garserve.bench.latency import latency as measure_latency
+    from garserve.bench.workload import make_workload, parse_pair
+    from garserve.tracing import write_chrome_trace
+
+    _check_targets(save, trace)
+    asked = make_workload(workload, images + 1, parse_pair("--size", size), max_tokens=max_tokens)
+    each = len(asked.requests) // (images + 1)
+    with open_engine(
+        checkpoint, backend, engine_option, verbose, max_num_tiles=max_num_tiles, tile_cache_gb=tile_cache_gb
+    ) as engine:
+        conditions = f"{checkpoint} ({backend}), {workload}, {size} pixels"
+        result, spans = measure_latency(engine, asked.requests[each:], asked.requests[0], conditions)
+    if trace is not None:
+        write_chrome_trace(trace, spans)
+        status_console.print(f"Saved {trace}")
+    _show(result, as_json, save)
+
+
+@benchmarks.command()
+def throughput(
+    checkpoint: CheckpointOption = TINY,
+    workload: _KindOption = "dense",
+    images: _ImagesOption = 4,
+    size: _SizeOption = "640x480",
+    regions: _RegionsOption = None,
+    group: _GroupOption = 1,
+    max_tokens: _AnswerOption = 64,
+    in_flight: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 32,
+    max_num_tiles: MaxTilesOption = None,
+    backend: Backend = "vllm",
+    tile_cache_gb: TileCacheOption = None,
+    engine_option: EngineOption = None,
+    as_json: JsonOption = False,
+    save: _SaveOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Answer many requests together: regions, images and tokens a second."""
+    from garserve.bench.throughput import throughput as measure_throughput
+    from garserve.bench.workload import make_workload, parse_pair, real_workload
+
+    _check_targets(save)
+    pixels = parse_pair("--size", size)
+    if regions is None:
+        asked = make_workload(workload, images, pixels, max_tokens=max_tokens, group=group)
+    else:
+        asked = real_workload(regions, max_tokens=max_tokens)
+    warm = make_workload("stream", 1, pixels, max_tokens=max_tokens).requests[0]
+    with open_engine(
+        checkpoint, backend, engine_option, verbose, max_num_tiles=max_num_tiles, tile_cache_gb=tile_cache_gb
+    ) as engine:
+        conditions = f"{checkpoint} ({backend}), {asked.name}, groups of {group}, {size} pixels"
+        result = measure_throughput(engine, asked, warm, conditions, in_flight=in_flight)
+    _show(result, as_json, save)
+
+
+@benchmarks.command()
+def preprocess(
+    checkpoint: CheckpointOption = TINY,
+    size: _SizeOption = "4000x3000",
+    regions: Annotated[int, typer.Option(min=1, help="Regions of the image.")] = 20,
+    max_num_tiles: MaxTilesOption = None,
+    rounds: _RoundsOption = 3,
+    as_json: JsonOption = False,
+    save: _SaveOption = None,
+) -> None:
+    """Prepare requests about one photograph: masks, tiles and prompt, without a model."""
+    from garserve.bench.preprocess import preprocess as measure_preprocess
+    from garserve.bench.workload import parse_pair
+
+    _check_targets(save)
+    pixels = parse_pair("--size", size)
+    _show(measure_preprocess(resolve(checkpoint), pixels, regions, max_num_tiles, rounds), as_json, save)
+
+
+@benchmarks.command()
+def startup(
+    checkpoint: CheckpointOption = TINY,
+    backend: Backend = "vllm",
+    runs: _RoundsOption = 3,
+    as_json: JsonOption = False,
+    save: _SaveOption = None,
+) -> None:
+    """Start an engine in fresh processes: import, load, first answer."""
+    from garserve.bench.startup import startup as measure_startup
+
+    _check_targets(save)
+    with status_console.status(f"Starting {checkpoint} ({backend}) {runs} times ..."):
+        result = measure_startup(checkpoint, backend, runs)
+    _show(result, as_json, save)
+
+
+@benchmarks.command()
+def replay(
+    checkpoint: CheckpointOption = TINY,
+    grid: Annotated[str, typer.Option(metavar="ACROSSxDOWN", help="Tiles of the image.")] = "4x4",
+    dtype: _DtypeOption = "float32",
+    rounds: _RoundsOption = 9,
+    as_json: JsonOption = False,
+    save: _SaveOption = None,
+) -> None:
+    """Replay 1 to 100 regions of an image of this checkpoint's shape; peers are in benchmarks/replay.py."""
+    from garserve.bench.operators import replay as measure_replay
+    from garserve.bench.workload import parse_pair
+    from garserve.config import read_config
+
+    _check_targets(save)
+    _show(measure_replay(read_config(resolve(checkpoint)), parse_pair("--grid", grid), dtype, rounds), as_json, save)
+
+
+@benchmarks.command()
+def vision(
+    checkpoint: CheckpointOption = TINY,
+    tiles: Annotated[int, typer.Option(min=1, help="Tiles at once.")] = 4,
+    depth: Annotated[int | None, typer.Option(min=1, help="Blocks of the tower (default: all).")] = None,
+    rounds: _RoundsOption = 5,
+    as_json: JsonOption = False,
+    save: _SaveOption = None,
+) -> None:
+    """Run tiles through a tower of this checkpoint's shape; peers are in benchmarks/vision.py."""
+    from garserve.bench.operators import vision as measure_vision
+    from garserve.config import read_config
+
+    _check_targets(save)
+    _show(measure_vision(read_config(resolve(checkpoint)), depth, tiles, rounds), as_json, save)
+
+
+@benchmarks.command()
+def serve(
+    url: Annotated[str, typer.Argument(help="A running server that speaks OpenAI's chat completions.")],
+    model: Annotated[str, typer.Option(help="Name that the server has for the model.")] = "tiny",
+    workload: _KindOption = "dense",
+    images: _ImagesOption = 4,
+    size: _SizeOption = "640x480",
+    rate: Annotated[
+        float | None, typer.Option(min=0.001, help="Requests a second, sent whatever is under way (open loop).")
+    ] = None,
+    clients: Annotated[int, typer.Option(min=1, help="Clients that send one after the other (closed loop).")] = 8,
+    slo_ttft: Annotated[float | None, typer.Option(min=0, help="Most seconds to a good request's first token.")] = None,
+    slo_itl: Annotated[float | None, typer.Option(min=0, help="Most seconds between its tokens.")] = None,
+    slo_e2e: Annotated[float | None, typer.Option(min=0, help="Most seconds to its end.")] = None,
+    max_tokens: _AnswerOption = 64,
+    seed: Annotated[int, typer.Option(help="Of the times at which an open loop sends.")] = 0,
+    as_json: JsonOption = False,
+    save: _SaveOption = None,
+) -> None:
+    """Load a running server: TTFT, ITL, E2E, and how many requests a second kept the limits.
+
+    Without [bold]--rate[/], the load is a closed loop. Needs httpx ([bold]pip install 'garserve\\[serve][/]').
+    """
+    from garserve.bench.load import bodies
+    from garserve.bench.serve import Limits
+    from garserve.bench.serve import serve as measure_serve
+    from garserve.bench.workload import make_workload, parse_pair
+
+    _check_targets(save)
+    asked = make_workload(workload, images, parse_pair("--size", size), max_tokens=max_tokens)
+    limits = Limits(slo_ttft, slo_itl, slo_e2e)
+    conditions = f"{asked.name}, {asked.images} images of {size} pixels"
+    requests = bodies(asked, model, max_tokens)
+    result = measure_serve(url, requests, conditions, limits, rate=rate, clients=clients, seed=seed)
+    _show(result, as_json, save)
+
+
+def _show(result: "Result", as_json: bool, save: Path | None) -> None:
+    if as_json:
+        typer.echo(json.dumps(result.document(), indent=2))
+    else:
+        result.show(console)
+    if save is not None:
+        result.write(save)
+        status_console.print(f"Saved {save}")
+
+
+def _check_targets(*targets: Path | None) -> None:
+    """Refuse a file that could not be written before anything is measured for it."""
+    for target in targets:
+        if target is not None and not target.parent.is_dir():
+            raise RequestError(f"{target}: no such folder: {target.parent}")
