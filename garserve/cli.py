@@ -13,6 +13,7 @@ from rich.markup import escape
 from garserve import __version__
 from garserve.checkpoint import TINY
 from garserve.cli_batch import batch
+from garserve.cli_batch_options import BatchCommand
 from garserve.cli_doctor import doctor
 from garserve.cli_encode import encode
 from garserve.cli_eval import evaluations
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 app.add_typer(evaluations, name="eval")
 app.add_typer(exports, name="export")
-app.command()(batch)
+app.command(cls=BatchCommand)(batch)
 app.command()(report)
 app.command()(doctor)
 app.command()(encode)

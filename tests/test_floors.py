@@ -33,6 +33,7 @@ FLOORS = {
     "garserve.cli_options": 6,
     "garserve.cli_shared": 7,
     "garserve.cli_batch": 8,
+    "garserve.cli_batch_options": 7,
     "garserve.cli_report": 8,
     "garserve.cli_eval": 8,
     "garserve.cli_doctor": 8,
