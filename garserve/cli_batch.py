@@ -21,6 +21,7 @@ from garserve.cli_batch_options import (
     EnginesOption,
     FirstOption,
     FormatOption,
+    GroupGapOption,
     GroupOption,
     IdsOption,
     ImagesOption,
@@ -61,7 +62,7 @@ from garserve.errors import GarserveError, RequestError
 
 if TYPE_CHECKING:
     from garserve.batch.filters import Filters
-    from garserve.batch.job import Stop
+    from garserve.batch.limits import Stop
     from garserve.batch.totals import Totals
     from garserve.engine import Engine
 
@@ -85,6 +86,7 @@ def batch(
     system: SystemOption = None,
     each_region: EachRegionOption = False,
     group: GroupOption = 1,
+    group_gap: GroupGapOption = 0.1,
     max_tokens: MaxTokensOption = 256,
     temperature: TemperatureOption = 0.0,
     max_num_tiles: MaxTilesOption = None,
@@ -118,7 +120,7 @@ def batch(
 
     Exit code: 0 all is answered, 1 some rows are errors, 2 nothing was begun, 3 stopped early, 130 interrupted.
     """
-    from garserve.batch.job import Limits, Stop
+    from garserve.batch.limits import Limits, Stop
     from garserve.batch.outputs import check_coco, check_parquet, write_coco, write_parquet
     from garserve.batch.prepare import Preparation
     from garserve.batch.progress import Meter, summary
@@ -132,7 +134,15 @@ def batch(
         input=input_path,
         output=output,
         preparation=Preparation(
-            str(resolve(checkpoint)), max_num_tiles, box_scale, group, question, system, max_tokens, temperature
+            folder=str(resolve(checkpoint)),
+            max_num_tiles=max_num_tiles,
+            box_scale=box_scale,
+            group=group,
+            group_gap=group_gap,
+            question=question,
+            system=system,
+            max_tokens=max_tokens,
+            temperature=temperature,
         ),
         format=form,
         reading=Reading(images, masks, each_region),
@@ -205,7 +215,7 @@ def _filters(
 @contextmanager
 def _signals(stop: "Stop") -> Iterator[None]:
     """Let Ctrl-C and SIGTERM drain the job the first time, and stop it the second."""
-    from garserve.batch.job import Halt
+    from garserve.batch.limits import Halt
 
     def told(number: int, _: object) -> None:
         again = stop.halt is not Halt.no

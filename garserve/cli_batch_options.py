@@ -78,6 +78,15 @@ GroupOption = Annotated[
         rich_help_panel=_PROMPT,
     ),
 ]
+GroupGapOption = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        max=1,
+        help="Least distance of the regions of a group, as a share of the image; 0: they only do not overlap.",
+        rich_help_panel=_PROMPT,
+    ),
+]
 TemperatureOption = Annotated[float, typer.Option(min=0, max=2, rich_help_panel=_PROMPT)]
 WorkersOption = Annotated[
     int | None,

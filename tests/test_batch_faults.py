@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from garserve.batch.bundles import Bundle
-from garserve.batch.job import Halt, Stop
 from garserve.batch.journal import Journal, OutputError, read_rows
+from garserve.batch.limits import Halt, Stop
 from garserve.batch.pool import WorkerPool
 from garserve.batch.prepare import Preparation, encoded
 from garserve.batch.record import Record
@@ -350,14 +350,36 @@ def test_groups_share_one_mask_and_say_so(source: Path, mini: Path, tmp_path: Pa
             return super().submit(prepared, *arguments)
 
     totals = run_echo(
-        write_lines(tmp_path / "g.jsonl", list(lines)), tmp_path / "g.out", mini, group=4, backend=Counting()
+        write_lines(tmp_path / "g.jsonl", list(lines)),
+        tmp_path / "g.out",
+        mini,
+        group=4,
+        group_gap=0.0,
+        backend=Counting(),
     )
     assert sorted(seen.values()) == [1, 4, 4]
     assert totals.forms == {"group of 4": 8, "several": 1}
     assert {row["form"] for row in rows(tmp_path / "g.out") if "error" not in row} == {"group of 4", "several"}
     alike = [lines[0] | {"id": str(i)} for i in range(3)]  # regions that overlap do not share a mask
-    totals = run_echo(write_lines(tmp_path / "h.jsonl", list(alike)), tmp_path / "h.out", mini, group=4)
+    totals = run_echo(write_lines(tmp_path / "h.jsonl", list(alike)), tmp_path / "h.out", mini, group=4, group_gap=0.0)
     assert totals.forms == {"group of 1": 3}
+
+
+def test_regions_of_a_group_lie_apart(source: Path, mini: Path, tmp_path: Path) -> None:
+    """The largest comes first; a neighbour within the gap goes to another group."""
+    boxes = {"small": [70, 0, 80, 10], "near": [32, 0, 50, 20], "large": [0, 0, 30, 30], "far": [70, 40, 90, 60]}
+    lines = [{"id": name, "image": "0.png", "regions": [box]} for name, box in boxes.items()]
+    forms = {}
+    for gap in (0.0, 0.1, 0.6):
+        out = tmp_path / f"{gap}.out"
+        run_echo(write_lines(tmp_path / "g.jsonl", list(lines)), out, mini, group=4, group_gap=gap)
+        forms[gap] = {row["id"]: row["form"] for row in rows(out)}
+    assert set(forms[0.0].values()) == {"group of 4"}
+    three, one = "group of 3", "group of 1"
+    assert forms[0.1] == {"large": three, "far": three, "small": three, "near": one}
+    assert set(forms[0.6].values()) == {one}
+    with pytest.raises(RequestError, match=r"was begun with group_gap 0\.6, now it is 0\.1"):
+        run_echo(tmp_path / "g.jsonl", out, mini, group=4)
 
 
 def bundles(folder: Path, count: int) -> Iterator[Bundle]:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from garserve.batch.bundles import Bundle
-from garserve.batch.job import Limits
 from garserve.batch.journal import read_rows
+from garserve.batch.limits import Limits
 from garserve.batch.outputs import write_parquet
 from garserve.batch.parts import MANIFEST, Parts, read_manifest
 from garserve.batch.prepare import Preparation
@@ -70,9 +70,7 @@ def test_parts_that_are_not_as_the_manifest_says(tmp_path: Path) -> None:
     out = tmp_path / "copy"
     whole = (out / "part-00000.jsonl").read_bytes()
     (out / "part-00000.jsonl").write_bytes(whole[:60])
-    with pytest.raises(
-        RequestError, match=rf"part-00000\.jsonl: expected the {len(whole)} bytes of manifest.json, got"
-    ):
+    with pytest.raises(RequestError, match=rf"part-00000\.jsonl: expected the {len(whole)} bytes of manifest"):
         Parts(out)
     (out / "part-00000.jsonl").write_bytes(whole)
     (out / MANIFEST).write_text("{}")

@@ -47,6 +47,7 @@ def describe_job(
         "vision": vision,
     }
     if preparation.group > 1:
+        job["group_gap"] = preparation.group_gap
         chosen = asdict(filters)
         job["filters"] = {key: sorted(v) if isinstance(v, frozenset) else v for key, v in chosen.items()}
     return job

@@ -6,12 +6,12 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any, Protocol
 
 from garserve.batch.admission import Admission
 from garserve.batch.feeder import Arrival, End, WorkFound
-from garserve.batch.journal import OutputError
+from garserve.batch.journal import OutputError, Sink
+from garserve.batch.limits import Halt, Limits, Stop
 from garserve.batch.parcel import Entry, Parcel
 from garserve.batch.record import Record
 from garserve.batch.rows import answer_row, error_row
@@ -22,46 +22,6 @@ from garserve.generation import Report
 from garserve.inputs.processor import PreparedRequest
 
 _POLL_SECONDS = 0.5  # how late a fsync, or a look at the queue, may be
-
-
-class Halt(IntEnum):
-    """How far a job is to be stopped."""
-
-    no = 0
-    drain = 1  # finish what the engine has, begin nothing
-    now = 2
-
-
-class Stop:
-    """What a person, a signal or a limit tells a running job; `tell` may be called from signal handlers, too."""
-
-    def __init__(self) -> None:
-        self.halt = Halt.no
-        self.reason: str | None = None
-
-    def tell(self, reason: str, halt: Halt = Halt.drain) -> None:
-        """Stop the job as far as that, or further where it was told before."""
-        self.halt = max(self.halt, halt)
-        self.reason = self.reason or reason
-
-
-@dataclass(frozen=True)
-class Limits:
-    """`in_flight` requests at most are in the engine; more than `max_errors` end the job; a dead engine is replaced."""
-
-    in_flight: int = 128
-    max_errors: int | None = None
-    restarts: int = 2
-
-
-class Sink(Protocol):
-    """Where rows go: `append` writes one, `sync` brings what was written to safety."""
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Take a row; OutputError where that fails."""
-
-    def sync(self, *, force: bool = True) -> None:
-        """Make rows safe, now or where it is time; OutputError where that fails."""
 
 
 class Feed(Protocol):

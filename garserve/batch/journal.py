@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from garserve.errors import GarserveError, RequestError
 
@@ -16,6 +16,16 @@ SYNC_SECONDS = 1.0  # what a power cut may cost; a killed process costs nothing 
 
 class OutputError(GarserveError):
     """The output cannot be written any further, as on a full disk."""
+
+
+class Sink(Protocol):
+    """Where rows go: `append` writes one, `sync` brings what was written to safety."""
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Take a row; OutputError where that fails."""
+
+    def sync(self, *, force: bool = True) -> None:
+        """Make rows safe, now or where it is time; OutputError where that fails."""
 
 
 class Journal:

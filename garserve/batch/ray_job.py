@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from typing import Any
 
 from garserve.batch.identity import check_job
-from garserve.batch.job import Halt, Stop
 from garserve.batch.journal import OutputError
 from garserve.batch.ledger import Ledger
+from garserve.batch.limits import Halt, Stop
 from garserve.batch.parts import Parts, part_paths
 from garserve.batch.ray_cluster import Engines, Placement, cluster, ray_module
 from garserve.batch.rows import error_row
@@ -121,6 +121,7 @@ class RayJob:
 
     def _pass(self, placement: Placement, digest: str, records: int) -> None:
         control, dataset = self._pipeline(placement, digest, records)
+        before = len(self._numbers)
         tables: queue.Queue[Any] = queue.Queue(maxsize=8)
         over = threading.Event()
 
@@ -153,6 +154,7 @@ class RayJob:
                     self._take(json.loads(row))
         finally:
             over.set()
+            self.totals.engine_restarts += max(len(self._numbers) - before - placement.count, 0)
 
     def _pipeline(self, placement: Placement, digest: str, records: int) -> tuple[Any, Any]:
         ray = ray_module()
@@ -213,7 +215,7 @@ class RayJob:
         totals.tiles = sum(one["tiles"] for one in numbers)
         totals.tiles_computed = sum(one["tiles_computed"] for one in numbers)
         totals.worker_deaths = sum(one["worker_deaths"] for one in numbers)
-        totals.engine_restarts = sum(one["engine_restarts"] for one in numbers)
+        totals.engine_restarts += sum(one["engine_restarts"] for one in numbers)
         totals.idle_seconds = sum(one["idle_seconds"] for one in numbers) / max(len(numbers), 1)
         totals.total = self.total
         totals.seconds = totals.elapsed()

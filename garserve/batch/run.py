@@ -9,9 +9,10 @@ from typing import Any
 from garserve.batch.feeder import Feeder
 from garserve.batch.filters import Filters
 from garserve.batch.identity import check_job, describe_job
-from garserve.batch.job import Job, Limits, Stop
+from garserve.batch.job import Job
 from garserve.batch.journal import Journal
 from garserve.batch.ledger import Ledger
+from garserve.batch.limits import Limits, Stop
 from garserve.batch.pool import WorkerPool
 from garserve.batch.prepare import Preparation
 from garserve.batch.selection import Selection

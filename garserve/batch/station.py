@@ -7,7 +7,8 @@ from typing import Any
 
 from garserve.batch.bundles import Bundle
 from garserve.batch.feeder import AHEAD, Arrival, WorkFound
-from garserve.batch.job import Halt, Job, Limits
+from garserve.batch.job import Job
+from garserve.batch.limits import Halt, Limits
 from garserve.batch.pool import WorkerPool
 from garserve.batch.prepare import Preparation
 from garserve.batch.record import id_text
