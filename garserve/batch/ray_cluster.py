@@ -86,7 +86,9 @@ def _connect(ray: Any, engines: Engines, verbose: bool) -> None:
                 if address := os.environ.get("RAY_ADDRESS"):
                     raise GarserveError(f"--ray: no cluster answers at RAY_ADDRESS {address}") from None
         ray.init("local", **common, **local)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except GarserveError:
+        raise
+    except Exception as error:  # Ray raises bare ones, too, as where a busy machine is slow to start it
         raise GarserveError(f"--ray {engines.address}: {error}") from None
 
 

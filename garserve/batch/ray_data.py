@@ -134,7 +134,8 @@ class RayStation:
         if not ray.get(self._control.halted.remote()):
             for work in table[WORK].to_pylist():
                 found += self._answer([read_bundle(messages) for messages in work])
-        numbers = {"engine": f"{_node()}/{os.getpid()}", "pid": os.getpid(), **self._station.numbers}
+        again = bool(ray.get_runtime_context().was_current_actor_reconstructed)
+        numbers = {"engine": f"{_node()}/{os.getpid()}", "pid": os.getpid(), "again": again, **self._station.numbers}
         rows = [json.dumps(one).encode() for one in (*found, {"numbers": numbers})]
         return arrow.table({ROW: arrow.array(rows, arrow.large_binary())})
 

@@ -3,6 +3,7 @@
 import json
 import queue
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from typing import Any
@@ -121,7 +122,6 @@ class RayJob:
 
     def _pass(self, placement: Placement, digest: str, records: int) -> None:
         control, dataset = self._pipeline(placement, digest, records)
-        before = len(self._numbers)
         tables: queue.Queue[Any] = queue.Queue(maxsize=8)
         over = threading.Event()
 
@@ -154,7 +154,6 @@ class RayJob:
                     self._take(json.loads(row))
         finally:
             over.set()
-            self.totals.engine_restarts += max(len(self._numbers) - before - placement.count, 0)
 
     def _pipeline(self, placement: Placement, digest: str, records: int) -> tuple[Any, Any]:
         ray = ray_module()
@@ -178,6 +177,7 @@ class RayJob:
             resources={_this_node(ray): 0.001},
         )
         choice = EngineChoice(self._checkpoint, digest, self._backend, self._options)
+        warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")  # the only way to say retries
         return control, dataset.map_batches(
             RayStation,
             fn_constructor_args=(choice, self._plan, placement.cpus, control),
@@ -215,7 +215,7 @@ class RayJob:
         totals.tiles = sum(one["tiles"] for one in numbers)
         totals.tiles_computed = sum(one["tiles_computed"] for one in numbers)
         totals.worker_deaths = sum(one["worker_deaths"] for one in numbers)
-        totals.engine_restarts += sum(one["engine_restarts"] for one in numbers)
+        totals.engine_restarts = sum(one["engine_restarts"] + one["again"] for one in numbers)
         totals.idle_seconds = sum(one["idle_seconds"] for one in numbers) / max(len(numbers), 1)
         totals.total = self.total
         totals.seconds = totals.elapsed()
