@@ -1,4 +1,4 @@
-"""`garserve batch` on the tiny checkpoint: one region at a time against groups, and against a loop of `describe` calls.
+"""`garserve batch` on the tiny checkpoint: one region at a time, in groups, and by a loop of `describe` calls.
 
 `python benchmarks/batch.py` takes the packaged evaluation's pictures with 20 regions each, whose true attributes are
 computed by tools/train_tiny. No figures are printed where the batch and the loop say different things.
@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 import garserve
-from garserve.batch.job import Limits
+from garserve.batch.grouping import GAP
+from garserve.batch.limits import Limits
 from garserve.batch.prepare import Preparation, encoded
 from garserve.batch.run import Plan, run_job
 from garserve.batch.totals import Totals
@@ -38,7 +39,11 @@ import shapes
 
 REGIONS = 20  # of each picture
 ATTRIBUTES = ("colour", "size", "position")
-GROUPS = (1, 4)
+FORMS = {  # size of a group, least distance of its regions
+    "group 1": (1, GAP),
+    "group 4": (4, GAP),
+    "group 4, gap 0": (4, 0.0),
+}
 _BLOCK = 16  # tokens of a KV block of vLLM on a GPU
 
 
@@ -56,6 +61,7 @@ class Run:
 
     totals: Totals
     texts: dict[str, str]
+    sizes: dict[str, int]  # of the group that each region was asked in
 
 
 def main(
@@ -68,24 +74,27 @@ def main(
     """Run both forms and the loop, and print them side by side."""
     with tempfile.TemporaryDirectory() as folder:
         data = _data(Path(folder), pictures)
-        runs = {group: _batch(data, Path(folder) / f"group{group}.jsonl", group, block, workers) for group in GROUPS}
+        runs = {
+            name: _batch(data, Path(folder) / f"{name}.jsonl", form, block, workers) for name, form in FORMS.items()
+        }
         ids = list(data.truth)[:loop]
         texts, seconds = _describe_loop(data, ids, block)
-        wrong = [one for one, text in texts.items() if runs[1].texts[one] != text]
+        wrong = [one for one, text in texts.items() if runs["group 1"].texts[one] != text]
         if wrong:
             raise SystemExit(
                 f"{len(wrong)} of {len(texts)} texts differ between batch and loop ({wrong[0]}): no figures"
             )
-    figures = {f"group {group}": _figures(run, data) for group, run in runs.items()}
+    figures = {name: _figures(run, data) for name, run in runs.items()}
     figures["loop of describe"] = {"regions": len(ids), "regions_per_second": round(len(ids) / seconds, 2)}
-    figures["GAR-1B, tokens counted"] = _released_shape()
+    figures["GAR-1B, tokens counted"] = _released_shape(runs)
     _print(figures)
     if save_results:
         conditions = (
             f"tiny checkpoint in vLLM on the CPU, {pictures} pictures of {REGIONS} regions, descriptions, KV blocks of "
             f"{block} tokens, {workers} preparing processes beside the engine; the loop calls Engine.describe for one "
-            f"region at a time. GAR-1B: prompts of its shape for {REGIONS} regions of a picture of 16 tiles, KV blocks "
-            f"of {_BLOCK} tokens, nothing run."
+            f"region at a time. A group's regions lie {GAP} of the picture apart, or only do not overlap (gap 0). "
+            f"GAR-1B: prompts of its shape for {REGIONS} regions of a picture of 16 tiles, KV blocks of {_BLOCK} "
+            f"tokens, in groups of one size, and in the sizes that the pictures' groups have; nothing run."
         )
         print(save("batch", figures, conditions))
 
@@ -118,11 +127,12 @@ def _mask(rng: np.random.Generator, image: Any) -> Any:
             return mask
 
 
-def _batch(data: Data, output: Path, group: int, block: int, workers: int) -> Run:
+def _batch(data: Data, output: Path, form: tuple[int, float], block: int, workers: int) -> Run:
+    group, gap = form
     plan = Plan(
         input=data.path,
         output=output,
-        preparation=Preparation(str(resolve(TINY)), group=group, max_tokens=48),
+        preparation=Preparation(str(resolve(TINY)), group=group, group_gap=gap, max_tokens=48),
         limits=Limits(),
         workers=workers,
     )
@@ -130,7 +140,8 @@ def _batch(data: Data, output: Path, group: int, block: int, workers: int) -> Ru
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     if any("error" in row for row in rows) or len(rows) != len(data.truth):
         raise SystemExit(f"group {group}: {totals.errors} errors, {len(rows)} of {len(data.truth)} rows: no figures")
-    return Run(totals, {row["id"]: row["text"] for row in rows})
+    sizes = {row["id"]: int(row["form"].removeprefix("group of ")) if group > 1 else 1 for row in rows}
+    return Run(totals, {row["id"]: row["text"] for row in rows}, sizes)
 
 
 def _describe_loop(data: Data, ids: list[str], block: int) -> tuple[dict[str, str], float]:
@@ -157,6 +168,7 @@ def _figures(run: Run, data: Data) -> dict[str, Any]:
     hits, count = (sum(pair[i] for pair in right.values()) for i in (0, 1))
     return {
         "regions": totals.regions,
+        "mean_group": round(len(run.sizes) / sum(1 / size for size in run.sizes.values()), 2),
         "regions_per_second": round(totals.regions_per_second, 2),
         "prompt_tokens_per_region": round(totals.prompt_tokens / totals.regions, 1),
         "prefilled_tokens_per_region": round(prefilled / totals.regions, 1),
@@ -167,8 +179,8 @@ def _figures(run: Run, data: Data) -> dict[str, Any]:
     }
 
 
-def _released_shape() -> dict[str, Any]:
-    """Count the tokens that have to be prefilled for 20 regions of one picture at GAR-1B's shape."""
+def _released_shape(runs: dict[str, Run]) -> dict[str, Any]:
+    """Count the tokens that have to be prefilled for a region of 20 in one picture at GAR-1B's shape."""
     with tempfile.TemporaryDirectory() as folder:
         config, preprocessor = preset("GAR-1B")
         write_files(Path(folder), config, preprocessor, "")
@@ -176,7 +188,7 @@ def _released_shape() -> dict[str, Any]:
     image = np.random.default_rng(0).integers(0, 255, (1792, 1792, 3)).astype(np.uint8)
     boxes = [{"box": [80 * i, 70 * i, 80 * i + 150, 70 * i + 200]} for i in range(REGIONS)]
     figures: dict[str, Any] = {}
-    for group in (1, 2, 4, 5):
+    for group in (1, 2, 3, 4, 5):
         requests = []
         for start in range(0, REGIONS, group):
             regions = boxes[start : start + group]
@@ -187,8 +199,11 @@ def _released_shape() -> dict[str, Any]:
                     RegionRequest(image, regions) if group == 1 else replace(whole, question=question, focus=[number])
                 )
                 requests.append(processor(request))
-        figures[f"group {group}"] = round(_prefilled(requests) / REGIONS, 1)
-    figures["ratio 1 to 4"] = round(figures["group 1"] / figures["group 4"], 2)
+        figures[f"all in groups of {group}"] = round(_prefilled(requests) / REGIONS, 1)
+    alone = figures["all in groups of 1"]
+    for name, run in runs.items():
+        mean = np.mean([figures[f"all in groups of {size}"] for size in run.sizes.values()])
+        figures[f"{name}, as here"] = f"{mean:.1f} ({alone / mean:.2f} x fewer)"
     return figures
 
 
@@ -217,8 +232,10 @@ def _print(figures: dict[str, dict[str, Any]]) -> None:
     console.print(table)
     one, loop = figures["group 1"], figures["loop of describe"]
     console.print(f"batch against the loop: {one['regions_per_second'] / loop['regions_per_second']:.1f} x regions/s")
-    ratio = one["prefilled_tokens_per_region"] / figures["group 4"]["prefilled_tokens_per_region"]
-    console.print(f"prefilled tokens, one by one against groups of 4: {ratio:.2f} x")
+    for name in list(FORMS)[1:]:
+        ratio = one["prefilled_tokens_per_region"] / figures[name]["prefilled_tokens_per_region"]
+        points = figures[name]["true_attributes_all"] - one["true_attributes_all"]
+        console.print(f"{name} against one by one: {ratio:.2f} x fewer prefilled tokens, {points:+.2f} points of truth")
     console.print(f"at GAR-1B's shape, prefilled tokens a region: {figures['GAR-1B, tokens counted']}")
 
 

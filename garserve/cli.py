@@ -14,6 +14,7 @@ from garserve import __version__
 from garserve.checkpoint import TINY
 from garserve.cli_batch import batch
 from garserve.cli_bench import benchmarks
+from garserve.cli_batch_options import BatchCommand
 from garserve.cli_doctor import doctor
 from garserve.cli_encode import encode
 from garserve.cli_eval import evaluations
@@ -56,7 +57,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="
 app.add_typer(evaluations, name="eval")
 app.add_typer(exports, name="export")
 app.add_typer(benchmarks, name="bench")
-app.command()(batch)
+app.command(cls=BatchCommand)(batch)
 app.command()(report)
 app.command()(doctor)
 app.command()(encode)

@@ -42,7 +42,7 @@ def encode(
     errors.jsonl.
     """
     from garserve.batch.encode import Encoded, FileEncoder, check_folder, run_encode
-    from garserve.batch.source_jsonl import count_lines
+    from garserve.batch.lines import count_lines
     from garserve.checkpoint import Checkpoint
     from garserve.export.choice import choose_vision, open_vision
     from garserve.export.source import load_encoder

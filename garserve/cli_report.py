@@ -11,7 +11,7 @@ from garserve.errors import RequestError
 
 
 def report(
-    output: Annotated[Path, typer.Argument(help="The output of a batch, JSON lines.")],
+    output: Annotated[Path, typer.Argument(help="The output of a batch: JSON lines, or a folder of parts.")],
     target: Annotated[Path, typer.Option("--output", "-o", help="The page, or with --sample the PNG, to write.")],
     limit: Annotated[int, typer.Option(min=1, help="Most rows that the page shows.")] = 10_000,
     sample: Annotated[

@@ -28,9 +28,15 @@ def load_engine(checkpoint: str, backend: str, options: list[str] | None, verbos
     """Load an engine behind a spinner; the caller closes it. Choices that are None are left to the engine."""
     from garserve.engine import load
 
+    extra = engine_options(backend, options, verbose, **choices)
+    with status_console.status(f"Loading {checkpoint} ({backend}) ..."):
+        return load(checkpoint, backend, **extra)  # type: ignore[arg-type]
+
+
+def engine_options(backend: str, options: list[str] | None, verbose: bool, **choices: Any) -> dict[str, Any]:
+    """Return what an engine is loaded with: its options as they were told, and the choices that are not None."""
     extra: dict[str, Any] = parse_engine_options(options)
     extra |= {name: choice for name, choice in choices.items() if choice is not None}
     if backend == "vllm":
         extra.setdefault("verbose", verbose)
-    with status_console.status(f"Loading {checkpoint} ({backend}) ..."):
-        return load(checkpoint, backend, **extra)  # type: ignore[arg-type]
+    return extra

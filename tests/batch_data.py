@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from garserve.batch.job import Limits, Stop
+from garserve.batch.limits import Limits, Stop
 from garserve.batch.prepare import Preparation
 from garserve.batch.run import Plan, run_job
 from garserve.batch.totals import Totals

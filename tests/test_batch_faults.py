@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from garserve.batch.bundles import Bundle
-from garserve.batch.job import Halt, Stop
 from garserve.batch.journal import Journal, OutputError, read_rows
+from garserve.batch.limits import Halt, Stop
 from garserve.batch.pool import WorkerPool
 from garserve.batch.prepare import Preparation, encoded
 from garserve.batch.record import Record
@@ -144,6 +144,52 @@ def test_another_job_does_not_mix_with_an_output(source: Path, mini: Path, mini_
         run_echo(source, out, mini)
     assert run_echo(source, out, mini, max_tokens=9, mix=True).rows == 0
     assert run_echo(source, out, mini, max_tokens=9).rows == 0
+
+
+@pytest.mark.parametrize(
+    "change", [{"image": "3.png"}, {"regions": [[0, 0, 50, 50]]}, {"question": "What colour is <Prompt0>?"}]
+)
+def test_an_input_that_changed_under_its_ids_is_refused(mini: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    source, out = write_requests(tmp_path, 12), tmp_path / "out.jsonl"
+    lines = [json.loads(line) for line in source.read_text().splitlines()]
+    run_echo(write_lines(source, list(lines[:8])), out, mini)
+    before = out.read_bytes()
+    lines[5] |= change
+    write_lines(source, list(lines))
+    with pytest.raises(RequestError, match="line 6: id 'r5' was answered before for another image, other regions or"):
+        run_echo(source, out, mini)
+    assert out.read_bytes() == before
+    assert run_echo(source, out, mini, mix=True).rows == 4
+    kept = rows(out)[:8]
+    assert len(rows(out)) == 12
+    for row in kept:  # rows of an older version have no digest, and are gone on with
+        del row["request"]
+    write_lines(out, list(kept))
+    assert run_echo(source, out, mini).rows == 4
+    assert texts(out).keys() == {f"r{i}" for i in range(12)}
+
+
+def test_a_data_set_that_was_moved_is_gone_on_with(mini: Path, tmp_path: Path) -> None:
+    source = write_requests(tmp_path, 12)
+    lines = source.read_text().splitlines(keepends=True)
+    source.write_text("".join(lines[:8]))
+    run_echo(source, tmp_path / "out.jsonl", mini)
+    moved = Path(shutil.copytree(tmp_path, tmp_path / "elsewhere"))
+    (moved / "in.jsonl").write_text("".join(lines))
+    assert run_echo(moved / "in.jsonl", tmp_path / "out.jsonl", mini).rows == 4
+
+
+def test_a_changed_input_stops_a_job_that_has_begun(mini: Path, tmp_path: Path) -> None:
+    """An answered id that comes after unanswered ones: what was answered until then stays."""
+    source, out, stop = write_requests(tmp_path, 1200), tmp_path / "out.jsonl", Stop()
+    lines = [json.loads(line) for line in source.read_text().splitlines()]
+    write_lines(source, list(lines[-1:]))
+    run_echo(source, out, mini)
+    lines[-1]["regions"] = [[0, 0, 50, 50]]
+    write_lines(source, list(lines))
+    run_echo(source, out, mini, stop=stop)
+    assert "line 1200: id 'r1199' was answered before" in str(stop.reason)
+    assert 1 < len(texts(out)) < 1200
 
 
 def test_ids_that_come_twice_are_answered_once(mini: Path, tmp_path: Path) -> None:
@@ -304,14 +350,36 @@ def test_groups_share_one_mask_and_say_so(source: Path, mini: Path, tmp_path: Pa
             return super().submit(prepared, *arguments)
 
     totals = run_echo(
-        write_lines(tmp_path / "g.jsonl", list(lines)), tmp_path / "g.out", mini, group=4, backend=Counting()
+        write_lines(tmp_path / "g.jsonl", list(lines)),
+        tmp_path / "g.out",
+        mini,
+        group=4,
+        group_gap=0.0,
+        backend=Counting(),
     )
     assert sorted(seen.values()) == [1, 4, 4]
     assert totals.forms == {"group of 4": 8, "several": 1}
     assert {row["form"] for row in rows(tmp_path / "g.out") if "error" not in row} == {"group of 4", "several"}
     alike = [lines[0] | {"id": str(i)} for i in range(3)]  # regions that overlap do not share a mask
-    totals = run_echo(write_lines(tmp_path / "h.jsonl", list(alike)), tmp_path / "h.out", mini, group=4)
+    totals = run_echo(write_lines(tmp_path / "h.jsonl", list(alike)), tmp_path / "h.out", mini, group=4, group_gap=0.0)
     assert totals.forms == {"group of 1": 3}
+
+
+def test_regions_of_a_group_lie_apart(source: Path, mini: Path, tmp_path: Path) -> None:
+    """The largest comes first; a neighbour within the gap goes to another group."""
+    boxes = {"small": [70, 0, 80, 10], "near": [32, 0, 50, 20], "large": [0, 0, 30, 30], "far": [70, 40, 90, 60]}
+    lines = [{"id": name, "image": "0.png", "regions": [box]} for name, box in boxes.items()]
+    forms = {}
+    for gap in (0.0, 0.1, 0.6):
+        out = tmp_path / f"{gap}.out"
+        run_echo(write_lines(tmp_path / "g.jsonl", list(lines)), out, mini, group=4, group_gap=gap)
+        forms[gap] = {row["id"]: row["form"] for row in rows(out)}
+    assert set(forms[0.0].values()) == {"group of 4"}
+    three, one = "group of 3", "group of 1"
+    assert forms[0.1] == {"large": three, "far": three, "small": three, "near": one}
+    assert set(forms[0.6].values()) == {one}
+    with pytest.raises(RequestError, match=r"was begun with group_gap 0\.6, now it is 0\.1"):
+        run_echo(tmp_path / "g.jsonl", out, mini, group=4)
 
 
 def bundles(folder: Path, count: int) -> Iterator[Bundle]:

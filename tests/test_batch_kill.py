@@ -4,17 +4,22 @@
 """
 
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.batch_data import rows, write_requests
 from tests.conftest import ROOT
+from tests.kill_job import lines
 
 COUNT = 300
 KILLS = int(os.environ.get("GARSERVE_KILLS", "6"))
+VLLM_KILLS = int(os.environ.get("GARSERVE_KILLS_VLLM", "0"))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # a busy machine is slow to bring threads together
 
 
@@ -48,6 +53,40 @@ def test_sigkill_at_random_moments(mini: Path, tmp_path: Path) -> None:
     found = rows(out)
     assert sorted(row["id"] for row in found) == sorted(f"r{i}" for i in range(COUNT))
     assert {row["id"]: row["text"] for row in found} == {row["id"]: row["text"] for row in rows(whole)}
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(VLLM_KILLS == 0, reason="takes a minute for each kill; GARSERVE_KILLS_VLLM=5 kills so often")
+def test_sigkill_of_the_command_with_vllm(tmp_path: Path) -> None:
+    """The whole road: `garserve batch`, tiny in vLLM, two workers, killed while it starts or runs."""
+    pytest.importorskip("vllm", reason="vLLM is not installed (pip install garserve[cpu] or garserve[gpu])")
+    source = write_requests(tmp_path, COUNT)
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+
+    def command(output: Path) -> list[str]:
+        told = ["-i", source, "-o", output, "--max-tokens", 12, "--workers", 2, "--in-flight", 16]
+        return [sys.executable, "-c", "from garserve.cli import main; main()", "batch", *map(str, told)]
+
+    chance, seen = random.Random(0), []
+    for kill in range(VLLM_KILLS):
+        before = lines(out)
+        early = kill % 3 == 2  # while it starts, or on its first rows
+        aim = before + (0 if early else chance.randint(1, max((COUNT - before) // (VLLM_KILLS - kill + 1), 1)))
+        with subprocess.Popen(command(out), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while lines(out) < aim and process.poll() is None:
+                time.sleep(0.002)
+            time.sleep(chance.uniform(0, 30 if early else 0.2))
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+        seen.append(lines(out))
+    assert seen == sorted(seen)
+    assert 0 < seen[-1] < COUNT
+    for output in (out, whole):
+        subprocess.run(command(output), check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    found = rows(out)
+    assert sorted(row["id"] for row in found) == sorted(f"r{i}" for i in range(COUNT))
+    assert {row["id"]: row["text"] for row in found} == {row["id"]: row["text"] for row in rows(whole)}
+    print(f"rows after each kill: {seen}")
 
 
 def test_ctrl_c_once_finishes_what_runs(mini: Path, tmp_path: Path) -> None:

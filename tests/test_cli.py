@@ -102,6 +102,17 @@ def test_batch(mini: Path, tmp_path: Path) -> None:
     assert "2 rows" in run("report", out, "-o", tmp_path / "r.html")
     with pytest.raises(GarserveError, match="no such folder"):
         run("batch", "-i", source, "-o", tmp_path / "no" / "out", "-c", mini)
+    with pytest.raises(GarserveError, match="--engine-cpus and --engine-gpus: only with --ray"):
+        run("batch", "-i", source, "-o", out, "-c", mini, "--engines", 2)
+
+
+@pytest.mark.parametrize("told", [["--ray"], ["--ray", "--engines", "2"], ["--ray", "local"], ["--ray=local"]])
+def test_batch_on_ray_with_and_without_an_address(mini: Path, tmp_path: Path, told: list[str]) -> None:
+    """Each gets as far as the output, or as Ray where it is not installed; no cluster is joined."""
+    source = write_lines(tmp_path / "in.jsonl", [{"image": str(PHOTO), "regions": [{"box": [1, 1, 50, 50]}]}])
+    (tmp_path / "out").write_text("")
+    with pytest.raises(GarserveError, match=r"expected a folder of parts, got a file|--ray needs Ray: pip install"):
+        run("batch", "-i", source, *told, "-o", tmp_path / "out", "-c", mini, "--backend", "reference")
 
 
 def test_errors_are_one_line_and_exit_code_2(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ FLOORS = {
     "garserve.cli_shared": 7,
     "garserve.cli_batch": 8,
     "garserve.cli_bench": 8,
+    "garserve.cli_batch_options": 7,
     "garserve.cli_report": 8,
     "garserve.cli_eval": 8,
     "garserve.cli_doctor": 8,

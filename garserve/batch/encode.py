@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from blake3 import blake3
 
+from garserve.batch.lines import identity, json_lines
 from garserve.batch.request_line import read_line
-from garserve.batch.source_jsonl import identity, json_lines
 from garserve.errors import GarserveError, InputError, RequestError
 from garserve.inputs.encoded import SUFFIX, EncodedImage
 from garserve.inputs.processor import Processor

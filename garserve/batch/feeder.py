@@ -3,16 +3,13 @@
 import queue
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from garserve.batch.bundles import Bundle, gather
-from garserve.batch.filters import Filters
+from garserve.batch.bundles import Bundle
 from garserve.batch.ledger import Ledger
 from garserve.batch.pool import Prepared, WorkerPool
-from garserve.batch.record import Record
-from garserve.batch.source import Source
-from garserve.batch.sources import each_region
+from garserve.batch.selection import Selection
 
 AHEAD = 4  # parcels that wait for the engine
 
@@ -40,18 +37,9 @@ class Feeder:
     """Puts `WorkFound`, `Arrival`s and one `End` into a queue; at most `AHEAD` arrivals are not `taken` yet."""
 
     def __init__(
-        self,
-        source: Source,
-        filters: Filters,
-        ledger: Ledger,
-        pool: WorkerPool,
-        events: "queue.SimpleQueue[Any]",
-        *,
-        group: int = 1,
-        split_regions: bool = False,
+        self, selection: Selection, ledger: Ledger, pool: WorkerPool, events: "queue.SimpleQueue[Any]"
     ) -> None:
-        self._source, self._filters, self._ledger, self._pool, self._events = source, filters, ledger, pool, events
-        self._group, self._split = group, split_regions
+        self._selection, self._ledger, self._pool, self._events = selection, ledger, pool, events
         self._room = threading.Semaphore(AHEAD)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="garserve-feeder", daemon=True)
@@ -74,7 +62,7 @@ class Feeder:
     @property
     def total(self) -> int | None:
         """Records that pass the filters, where known."""
-        return None if self._split else self._filters.expected(self._source.total)
+        return self._selection.total
 
     def _run(self) -> None:
         try:
@@ -88,30 +76,7 @@ class Feeder:
             self._events.put(End(error))
 
     def _bundles(self) -> Iterator[Bundle]:
-        found = False
-        records = self._source.records()
-        if self._split:
-            records = each_region(records)
-        for of_image in gather(self._filters.of(self._once(records)), group=self._group):
-            wanted = tuple(not self._ledger.is_answered(record.key) for record in of_image)
-            if not any(wanted):
-                continue
-            if not found:
-                found = True
+        for number, bundle in enumerate(self._selection.bundles(self._ledger)):
+            if number == 0:
                 self._events.put(WorkFound())
-            if self._group == 1:
-                of_image = tuple(record for record, flag in zip(of_image, wanted, strict=True) if flag)
-                wanted = (True,) * len(of_image)
-            yield Bundle(of_image, wanted)
-
-    def _once(self, records: Iterator[Record]) -> Iterator[Record]:
-        """Turn a record whose id came up before into an error that is named by its place."""
-        for record in records:
-            if self._ledger.first_time(record.key):
-                yield record
-                continue
-            place, again = record.place, 1
-            while not self._ledger.first_time(replace(record, id=None, place=place).key):
-                again += 1
-                place = f"{record.place} again {again}"
-            yield replace(record, id=None, place=place, error=f"id: {record.key!r:.80} came up before in this input")
+            yield bundle

@@ -4,13 +4,13 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from blake3 import blake3
 
 from garserve import __version__
 from garserve.batch.filters import Filters
-from garserve.batch.journal import Journal, OutputError
+from garserve.batch.journal import OutputError
 from garserve.batch.prepare import Preparation
 from garserve.errors import RequestError
 
@@ -47,17 +47,32 @@ def describe_job(
         "vision": vision,
     }
     if preparation.group > 1:
+        job["group_gap"] = preparation.group_gap
         chosen = asdict(filters)
         job["filters"] = {key: sorted(v) if isinstance(v, frozenset) else v for key, v in chosen.items()}
     return job
 
 
 def job_file(output: Path) -> Path:
-    """Return where the description of an output's job lies."""
+    """Return where the description of an output's job lies: beside a file, inside a folder of parts."""
+    if output.is_dir():
+        return output / "job.json"
     return output.with_name(f"{output.name}.job.json")
 
 
-def check_job(journal: Journal, job: dict[str, Any], *, mix: bool) -> None:
+class Output(Protocol):
+    """An output, in one file or in parts."""
+
+    @property
+    def path(self) -> Path:
+        """Its file or folder."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether no row was written yet."""
+
+
+def check_job(journal: Output, job: dict[str, Any], *, mix: bool) -> None:
     """Check that an output was begun by the same job, and note the job beside it.
 
     RequestError names what differs, unless `mix` allows it.

@@ -6,12 +6,12 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from enum import IntEnum
-from typing import Any
+from typing import Any, Protocol
 
 from garserve.batch.admission import Admission
-from garserve.batch.feeder import Arrival, End, Feeder, WorkFound
-from garserve.batch.journal import Journal, OutputError
+from garserve.batch.feeder import Arrival, End, WorkFound
+from garserve.batch.journal import OutputError, Sink
+from garserve.batch.limits import Halt, Limits, Stop
 from garserve.batch.parcel import Entry, Parcel
 from garserve.batch.record import Record
 from garserve.batch.rows import answer_row, error_row
@@ -24,34 +24,17 @@ from garserve.inputs.processor import PreparedRequest
 _POLL_SECONDS = 0.5  # how late a fsync, or a look at the queue, may be
 
 
-class Halt(IntEnum):
-    """How far a job is to be stopped."""
+class Feed(Protocol):
+    """What puts `WorkFound`, `Arrival`s and `End` into a job's events."""
 
-    no = 0
-    drain = 1  # finish what the engine has, begin nothing
-    now = 2
+    def start(self) -> None:
+        """Begin."""
 
+    def taken(self) -> None:
+        """Make room for another arrival: all requests of one are in the engine."""
 
-class Stop:
-    """What a person, a signal or a limit tells a running job; `tell` may be called from signal handlers, too."""
-
-    def __init__(self) -> None:
-        self.halt = Halt.no
-        self.reason: str | None = None
-
-    def tell(self, reason: str, halt: Halt = Halt.drain) -> None:
-        """Stop the job as far as that, or further where it was told before."""
-        self.halt = max(self.halt, halt)
-        self.reason = self.reason or reason
-
-
-@dataclass(frozen=True)
-class Limits:
-    """`in_flight` requests at most are in the engine; more than `max_errors` end the job; a dead engine is replaced."""
-
-    in_flight: int = 128
-    max_errors: int | None = None
-    restarts: int = 2
+    def stop(self) -> None:
+        """End early."""
 
 
 @dataclass
@@ -80,14 +63,14 @@ class Job:
     def __init__(
         self,
         open_engine: Callable[[], Engine],
-        journal: Journal,
+        sink: Sink,
         *,
         limits: Limits | None = None,
         totals: Totals | None = None,
         stop: Stop | None = None,
     ) -> None:
         """Prepare a run; `open_engine` is called where there is something to ask, and again when an engine died."""
-        self._open_engine, self._journal = open_engine, journal
+        self._open_engine, self._sink = open_engine, sink
         self._limits, self.stop = limits or Limits(), stop or Stop()
         self.totals = totals or Totals()
         self.engine: Engine | None = None
@@ -98,7 +81,7 @@ class Job:
         self._waiting: dict[int, int] = {}  # of each parcel, by its identity: requests that are not in the engine yet
         self._ended = False
 
-    def run(self, feeder: Feeder) -> None:
+    def run(self, feeder: Feed) -> None:
         """Answer everything that a feeder brings; `stop` says afterwards whether and why it ended early."""
         self._feeder = feeder
         feeder.start()
@@ -106,7 +89,7 @@ class Job:
             while not self._finished():
                 self._handle(self._next())
                 self._admit()
-                self._journal.sync(force=False)
+                self._sink.sync(force=False)
         except OutputError as error:
             self.stop.tell(str(error), Halt.now)
         finally:
@@ -115,7 +98,7 @@ class Job:
                 one.cancel()
             self._close()
         with suppress(OutputError):  # what matters was told, or the last rows are written again next time
-            self._journal.sync()
+            self._sink.sync()
 
     def _finished(self) -> bool:
         if self.stop.halt is Halt.now:
@@ -146,6 +129,8 @@ class Job:
             self._reported(event)
         elif isinstance(event, End):
             self._ended = True
+            if isinstance(event.error, InputError) and self.engine is None and not self.totals.rows:
+                raise event.error  # nothing was begun
             if event.error is not None:
                 self.stop.tell(f"{event.error}")
 
@@ -210,7 +195,7 @@ class Job:
         assert self.engine is not None and one.prepared is not None  # noqa: S101, PT018  (it was submitted)
         answer = self.engine.finished(one.prepared, report)
         row = answer_row(one.record, one.entry, one.parcel, answer, time.monotonic() - one.since)
-        self._journal.append(row)
+        self._sink.append(row)
         totals = self.totals
         totals.rows += 1
         totals.regions += len(one.record.regions) or len(one.entry.spans) - 1
@@ -220,7 +205,7 @@ class Job:
         totals.forms[one.entry.form] = totals.forms.get(one.entry.form, 0) + 1
 
     def _error(self, record: Record, error: str, regions: list[dict[str, Any]] | None) -> None:
-        self._journal.append(error_row(record, error, regions))
+        self._sink.append(error_row(record, error, regions))
         self.totals.rows += 1
         self.totals.errors += 1
         most = self._limits.max_errors

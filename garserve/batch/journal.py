@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from garserve.errors import GarserveError, RequestError
 
@@ -16,6 +16,16 @@ SYNC_SECONDS = 1.0  # what a power cut may cost; a killed process costs nothing 
 
 class OutputError(GarserveError):
     """The output cannot be written any further, as on a full disk."""
+
+
+class Sink(Protocol):
+    """Where rows go: `append` writes one, `sync` brings what was written to safety."""
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Take a row; OutputError where that fails."""
+
+    def sync(self, *, force: bool = True) -> None:
+        """Make rows safe, now or where it is time; OutputError where that fails."""
 
 
 class Journal:
@@ -133,15 +143,24 @@ class Journal:
         self.close()
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of an output file; a torn last line is left out. RequestError names another line that is none."""
+def read_rows(path: Path, size: int | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the rows of an output, a file or a folder of parts, or those in the first `size` bytes of a file.
+
+    A torn last line is left out. RequestError names another line that is no row.
+    """
+    if path.is_dir():
+        for part in sorted(path.glob("part-*.jsonl")):
+            yield from read_rows(part)
+        return
     try:
         file = path.open("rb")
     except OSError as error:
         raise RequestError(f"{path}: cannot be read ({error.strerror})") from None
     with file:
+        end = 0
         for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
+            end += len(line)
+            if not line.endswith(b"\n") or (size is not None and end > size):
                 return
             try:
                 row = json.loads(line)

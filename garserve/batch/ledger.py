@@ -1,35 +1,37 @@
 """Which ids have been answered and which have come up: on disk, so that memory does not grow with their number."""
 
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from garserve.batch.record import Id, id_text
 
 
 class Ledger:
-    """Two sets of ids in SQLite's own temporary file. For one thread at a time."""
+    """Ids of rows and ids of the input, in SQLite's own temporary file. For one thread at a time."""
 
     def __init__(self) -> None:
-        """Make both empty."""
+        """Begin with none of either."""
         self._table = sqlite3.connect("", check_same_thread=False, isolation_level=None)
         self._table.executescript(
             "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -8000;"
-            "CREATE TABLE answered (id TEXT PRIMARY KEY) WITHOUT ROWID;"
+            "CREATE TABLE answered (id TEXT PRIMARY KEY, request TEXT NOT NULL) WITHOUT ROWID;"
             "CREATE TABLE seen (id TEXT PRIMARY KEY) WITHOUT ROWID;"
         )
 
-    def answered(self, ids: Iterable[Id]) -> int:
-        """Note ids that the output has; return how many there were."""
+    def answered(self, rows: Iterable[Mapping[str, Any]]) -> int:
+        """Note the ids and the requests' digests of rows that the output has; return how many ids there are."""
         self._table.execute("BEGIN")
-        self._table.executemany("INSERT OR IGNORE INTO answered VALUES (?)", ((id_text(one),) for one in ids))
+        noted = ((id_text(row["id"]), str(row.get("request", ""))) for row in rows)
+        self._table.executemany("INSERT OR IGNORE INTO answered VALUES (?, ?)", noted)
         self._table.execute("COMMIT")
         (count,) = self._table.execute("SELECT count(*) FROM answered").fetchone()
         return int(count)
 
-    def is_answered(self, identity: Id) -> bool:
-        """Say whether the output has it."""
-        found = self._table.execute("SELECT 1 FROM answered WHERE id = ?", (id_text(identity),)).fetchone()
-        return found is not None
+    def digest(self, identity: Id) -> str | None:
+        """Return the digest of the request that an id was answered for, "" where none was kept; None if it was not."""
+        found = self._table.execute("SELECT request FROM answered WHERE id = ?", (id_text(identity),)).fetchone()
+        return None if found is None else str(found[0])
 
     def first_time(self, identity: Id) -> bool:
         """Note an id of the input, and say whether it came up for the first time."""

@@ -1,6 +1,5 @@
 """From a bundle of records to a parcel of prepared requests: all that is done before the engine, in workers or here."""
 
-import re
 import time
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco
 
 from garserve.batch.bundles import Bundle
+from garserve.batch.grouping import GAP, LARGEST_GROUP, Drawn, group_records, is_groupable, renamed
 from garserve.batch.parcel import Entry, Parcel, Rows
 from garserve.batch.record import ImageRef, Member, Record
 from garserve.batch.source_folder import read_values
@@ -26,22 +26,21 @@ from garserve.inputs.request import RegionRequest, Turn
 from garserve.inputs.shapes import Mask
 from garserve.inputs.tokenizer import PROMPT_NAME
 
-LARGEST_GROUP = 5
-_ALONE = re.compile(re.escape("<Prompt0>"))
-
 
 @dataclass(frozen=True)
 class Preparation:
     """How records become requests. `question`, `system`, `max_tokens` and `temperature` are for records without them.
 
     With `group` > 1, up to so many records that ask about one region each are asked in the model's form for several
-    regions: one mask of all of them, and each question about its own.
+    regions: one mask of all of them, and each question about its own. Their boxes lie at least `group_gap` of the
+    image's width or height apart.
     """
 
     folder: str  # of the checkpoint
     max_num_tiles: int | None = None
     box_scale: BoxScale | None = None
     group: int = 1
+    group_gap: float = GAP
     question: str | None = None
     system: str | None = None
     max_tokens: int = 256
@@ -50,6 +49,8 @@ class Preparation:
     def __post_init__(self) -> None:
         if not 1 <= self.group <= LARGEST_GROUP:
             raise RequestError(f"--group: expected 1 to {LARGEST_GROUP}, got {self.group}")
+        if not 0 <= self.group_gap <= 1:
+            raise RequestError(f"--group-gap: expected 0 to 1, got {self.group_gap}")
         if self.question is not None and any(named[0] != "<Prompt0>" for named in PROMPT_NAME.finditer(self.question)):
             raise RequestError(f"--question: the one region of a record is <Prompt0>, got {self.question!r:.80}")
 
@@ -69,15 +70,6 @@ class Preparation:
         return Processor(folder, config, max_num_tiles=self.max_num_tiles, fingerprint=fingerprint)
 
 
-@dataclass(frozen=True)
-class _Drawn:
-    """A record that can be asked: its request, and its masks."""
-
-    position: int
-    request: RegionRequest
-    masks: list[Mask]
-
-
 class Preparer:
     """Prepares bundles for one checkpoint."""
 
@@ -92,7 +84,7 @@ class Preparer:
         """Prepare what is wanted of a bundle; whatever is wrong with a record becomes its error."""
         start = time.perf_counter()
         errors: dict[int, str] = {}
-        drawn: list[_Drawn] = []
+        drawn: list[Drawn] = []
         entries: list[Entry] = []
         tiles = np.zeros((0, 3, self._processor.config.tile_size, self._processor.config.tile_size), np.uint8)
         image: NDArray[np.uint8] | None = None
@@ -112,7 +104,8 @@ class Preparer:
                 errors[position] = str(error)
             except Exception as error:  # whatever a record holds, the others go on
                 errors[position] = f"request cannot be prepared ({type(error).__name__}: {error})"
-        for group in self._groups(drawn):
+        size = min(self._how.group, self._processor.config.prompt_count) if drawn else 1
+        for group in group_records(drawn, size, self._how.group_gap):
             if image is not None and any(bundle.wanted[one.position] for one in group):
                 found, tiles = self._entries(group, image)
                 entries += [entry for entry in found if bundle.wanted[entry.record]]
@@ -127,11 +120,12 @@ class Preparer:
         prepared = self._processor(request)
         return _entry(position, request, prepared, prepared.items[0].masks.numpy(), _form(request))
 
-    def _draw(self, position: int, record: Record, image: NDArray[np.uint8]) -> _Drawn:
+    def _draw(self, position: int, record: Record, image: NDArray[np.uint8]) -> Drawn:
         request = self._request(record, image)
         request = replace(request, regions=request.parsed_regions())
         request.check(self._processor.config.prompt_count)
-        return _Drawn(position, request, draw_masks(request.parsed_regions(), image.shape[0], image.shape[1]))
+        masks = draw_masks(request.parsed_regions(), image.shape[0], image.shape[1])
+        return Drawn(position, request, masks, [normalised_box(mask) for mask in masks])
 
     def _request(self, record: Record, image: NDArray[np.uint8] | EncodedImage) -> RegionRequest:
         options = dict(record.options)
@@ -150,30 +144,10 @@ class Preparer:
             **options,
         )
 
-    def _groups(self, drawn: list[_Drawn]) -> list[list[_Drawn]]:
-        """Put records that may share a prompt together, each into the first group that takes it.
-
-        A group has one system prompt, since that comes before the image, and regions that do not overlap, since one
-        mask marks them all.
-        """
-        size = min(self._how.group, self._processor.config.prompt_count) if drawn else 1
-        groups: list[list[_Drawn]] = []
-        open_groups: list[list[_Drawn]] = []
-        for one in drawn:
-            groupable = size > 1 and _groupable(one.request)
-            group = next((group for group in open_groups if _fits(one, group)), None) if groupable else None
-            if group is None:
-                group = []
-                groups.append(group)
-                open_groups += [group] if groupable else []
-            group.append(one)
-            open_groups = [group for group in open_groups if len(group) < size]
-        return groups
-
-    def _entries(self, group: list[_Drawn], image: NDArray[np.uint8]) -> tuple[list[Entry], NDArray[np.uint8]]:
-        grouped = self._how.group > 1 and _groupable(group[0].request)
+    def _entries(self, group: list[Drawn], image: NDArray[np.uint8]) -> tuple[list[Entry], NDArray[np.uint8]]:
+        grouped = self._how.group > 1 and is_groupable(group[0].request)
         masks = [mask for one in group for mask in one.masks]
-        boxes = [normalised_box(mask) for mask in masks]
+        boxes = [box for one in group for box in one.boxes]
         entries: list[Entry] = []
         tiles = np.zeros(0, np.uint8)
         shared: NDArray[np.uint8] | None = None
@@ -182,7 +156,7 @@ class Preparer:
             form = _form(request)
             if grouped:
                 regions = [region for member in group for region in member.request.regions]
-                request = replace(request, regions=regions, question=_about(request.question, number), focus=[number])
+                request = replace(request, regions=regions, question=renamed(request.question, number), focus=[number])
                 form = f"group of {len(group)}"
             prepared = self._processor.prepare(request, image, masks, boxes)
             tiles = prepared.items[0].tiles.numpy()
@@ -191,26 +165,8 @@ class Preparer:
         return entries, tiles
 
 
-def _fits(one: _Drawn, group: list[_Drawn]) -> bool:
-    """Say whether a record's region overlaps none of a group's, and is asked about under the same system prompt."""
-    if one.request.system != group[0].request.system:
-        return False
-    return not any((one.masks[0] & other.masks[0]).any() for other in group)
-
-
-def _groupable(request: RegionRequest) -> bool:
-    """Say whether a request asks about one region in a way that another name for it does not change."""
-    one = len(request.regions) == 1 and request.focus is None and request.prompt_index is None and not request.turns
-    return one and request.check_names
-
-
 def _form(request: RegionRequest) -> str:
     return "single" if request.question is None else "several"
-
-
-def _about(question: str | None, number: int) -> str:
-    name = f"<Prompt{number}>"
-    return f"Describe {name} in detail." if question is None else _ALONE.sub(name, question)
 
 
 def _entry(

@@ -4,24 +4,42 @@ import threading
 import time
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
+from typing import Protocol
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from garserve.batch.feeder import Feeder
-from garserve.batch.job import Job
 from garserve.batch.totals import Totals
+from garserve.engine import Engine
 
 _BAR_SECONDS = 0.5
 _TILES_SECONDS = 5.0  # between looks into the engine, which answers between two of its steps
 
 
+class Watched(Protocol):
+    """A job that runs."""
+
+    totals: Totals
+
+    @property
+    def engine(self) -> Engine | None:
+        """Its engine, where it has one in this process."""
+
+
+class Expected(Protocol):
+    """What knows how many records there are."""
+
+    @property
+    def total(self) -> int | None:
+        """Records that pass the filters, where known."""
+
+
 class Meter(AbstractContextManager["Meter"]):
     """Watches a job from a thread of its own while the context lasts."""
 
-    def __init__(self, job: Job, feeder: Feeder, console: Console, *, line_seconds: float = 10.0) -> None:
+    def __init__(self, job: Watched, feeder: Expected, console: Console, *, line_seconds: float = 10.0) -> None:
         """Show it on this console, every `line_seconds` where it is no terminal."""
         self._job, self._feeder, self._console = job, feeder, console
         self._line_seconds = line_seconds

@@ -3,7 +3,10 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
+
+from blake3 import blake3
 
 Id = str | int
 
@@ -48,3 +51,28 @@ class Record:
 def id_text(identity: Id) -> str:
     """Return an id as text in which 5 and "5" differ and which any file takes."""
     return json.dumps(identity)
+
+
+def request_digest(record: Record) -> str:
+    """Return a hash of what a record asks: its image's name or bytes, its regions, and its options.
+
+    Of paths only the last part counts, so that a data set may be moved; image files are not opened.
+    """
+    image = record.image
+    digest = blake3()
+    if isinstance(image, bytes):
+        digest.update(image)
+    elif isinstance(image, Member):
+        digest.update(image.name.encode("utf-8", "surrogatepass"))
+    else:
+        name = image if image.startswith("data:") else PurePath(image).name
+        digest.update(name.encode("utf-8", "surrogatepass"))
+    asked = [[_unplaced(region) for region in record.regions], dict(record.options)]
+    digest.update(json.dumps(asked, sort_keys=True, default=str).encode())
+    return digest.hexdigest(8)
+
+
+def _unplaced(region: Any) -> Any:
+    if isinstance(region, dict) and isinstance(region.get("mask"), str) and not region["mask"].startswith("data:"):
+        return {**region, "mask": PurePath(region["mask"]).name}
+    return region

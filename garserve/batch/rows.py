@@ -3,12 +3,16 @@
 from typing import Any
 
 from garserve.batch.parcel import Entry, Parcel
-from garserve.batch.record import Record
+from garserve.batch.record import Record, request_digest
 from garserve.engine import Answer
 
 
 def answer_row(record: Record, entry: Entry, parcel: Parcel, answer: Answer, engine_seconds: float) -> dict[str, Any]:
-    """Return the row of an answer. `prepare_s` is the record's share of its bundle, `engine_s` from entry to end."""
+    """Return the row of an answer.
+
+    `prepare_s` is the record's share of its bundle, `engine_s` from entry to end; by `request` it is noticed when the
+    input has another request under the same id.
+    """
     row = {
         "id": record.key,
         "text": answer.text,
@@ -19,6 +23,7 @@ def answer_row(record: Record, entry: Entry, parcel: Parcel, answer: Answer, eng
         "prepare_s": round(parcel.seconds / max(len(parcel.entries), 1), 4),
         "engine_s": round(engine_seconds, 4),
         "form": entry.form,
+        "request": request_digest(record),
     }
     return row | _origin(record) | {"regions": parcel.regions.get(entry.record, [])}
 

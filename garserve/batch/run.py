@@ -4,16 +4,19 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from garserve.batch.feeder import Feeder
 from garserve.batch.filters import Filters
 from garserve.batch.identity import check_job, describe_job
-from garserve.batch.job import Job, Limits, Stop
+from garserve.batch.job import Job
 from garserve.batch.journal import Journal
 from garserve.batch.ledger import Ledger
+from garserve.batch.limits import Limits, Stop
 from garserve.batch.pool import WorkerPool
 from garserve.batch.prepare import Preparation
-from garserve.batch.source import Format, Reading
+from garserve.batch.selection import Selection
+from garserve.batch.source import Format, Reading, Source
 from garserve.batch.sources import open_source
 from garserve.batch.totals import Totals
 from garserve.engine import Engine
@@ -26,7 +29,8 @@ Watch = Callable[[Job, Feeder], AbstractContextManager[object]]
 class Plan:
     """Everything that a person says about a job. `workers` 0 prepares in a thread of this process.
 
-    `mix` adds to an output that another checkpoint, prompt or tiling began; `retry_errors` asks error rows again.
+    `mix` adds to an output that another checkpoint, prompt, tiling or input began; `retry_errors` asks error rows
+    again.
     """
 
     input: Path
@@ -40,6 +44,20 @@ class Plan:
     mix: bool = False
     retry_errors: bool = False
     vision: str | None = None  # what computes tiles, where it is not the tower in torch
+
+    def open_source(self) -> Source:
+        """Open the input; RequestError where it cannot be read, or where the output would overwrite it."""
+        if self.output.exists() and self.input.exists() and self.output.samefile(self.input):
+            raise RequestError(f"output {self.output}: is the input itself")
+        return open_source(self.input, self.format, self.reading)
+
+    def selection(self, source: Source) -> Selection:
+        """Return what of the source is asked."""
+        return Selection(source, self.filters, self.preparation.group, self.reading.each_region, self.mix)
+
+    def description(self) -> dict[str, Any]:
+        """Return what texts depend on."""
+        return describe_job(self.preparation, self.filters, each_region=self.reading.each_region, vision=self.vision)
 
 
 def run_job(
@@ -55,25 +73,19 @@ def run_job(
     `stop` says afterwards whether and why the job ended early. Raises RequestError before anything is written where
     the input or the output cannot be used, or where the output was begun by another job.
     """
-    if plan.output.exists() and plan.input.exists() and plan.output.samefile(plan.input):
-        raise RequestError(f"output {plan.output}: is the input itself")
-    source = open_source(plan.input, plan.format, plan.reading)
+    source = plan.open_source()
     totals = totals or Totals()
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(plan.output))
-        description = describe_job(
-            plan.preparation, plan.filters, each_region=plan.reading.each_region, vision=plan.vision
-        )
-        check_job(journal, description, mix=plan.mix)
+        check_job(journal, plan.description(), mix=plan.mix)
         if plan.retry_errors:
             journal.drop_errors()
         ledger = Ledger()
         stack.callback(ledger.close)
-        totals.before = ledger.answered(row["id"] for row in journal.rows())
+        totals.before = ledger.answered(journal.rows())
         pool = stack.enter_context(WorkerPool(plan.preparation, plan.workers))
         job = Job(open_engine, journal, limits=plan.limits, totals=totals, stop=stop)
-        group, split = plan.preparation.group, plan.reading.each_region
-        feeder = Feeder(source, plan.filters, ledger, pool, job.events, group=group, split_regions=split)
+        feeder = Feeder(plan.selection(source), ledger, pool, job.events)
         with watch(job, feeder) if watch else nullcontext():
             job.run(feeder)
         totals.worker_deaths = pool.deaths

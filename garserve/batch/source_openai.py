@@ -4,18 +4,15 @@ The regions are in the body, as "regions" or as plain vLLM has them, in "mm_proc
 """
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote, urlparse
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from garserve.batch.lines import LineSource
 from garserve.batch.record import Record
-from garserve.batch.request_line import refusal
-from garserve.batch.source import Reading
-from garserve.batch.source_jsonl import count_lines, identity, json_lines
-from garserve.errors import InputError, RequestError
+from garserve.errors import RequestError
 
 
 class _Strict(BaseModel):
@@ -70,26 +67,14 @@ class _Line(_Strict):
     body: _Body
 
 
-class OpenAISource:
+class OpenAISource(LineSource):
     """One chat request a line."""
 
-    def __init__(self, path: Path, reading: Reading) -> None:
-        self.path = path
-        self._folder = reading.images or path.parent
-        self.total = None if reading.each_region else count_lines(path)
+    id_field = "custom_id"
 
-    def records(self) -> Iterator[Record]:
-        """Yield a record for every line that is not blank."""
-        for place, data, error in json_lines(self.path):
-            if error is not None:
-                yield Record(place, error=error)
-                continue
-            try:
-                yield _record(_Line.model_validate(data), place, self._folder)
-            except ValidationError as wrong:
-                yield Record(place, identity(data, "custom_id"), error=str(refusal(wrong)))
-            except InputError as wrong:
-                yield Record(place, identity(data, "custom_id"), error=str(wrong))
+    def read(self, data: Any, place: str) -> Record:
+        """Return a line as a record; an error where it cannot be one."""
+        return _record(_Line.model_validate(data), place, self._folder)
 
 
 def _record(line: _Line, place: str, folder: Path) -> Record:

@@ -1,6 +1,7 @@
 """What a job has done so far."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,18 @@ class Totals:
     tiles_computed: int = 0
     begun: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
+
+    def add_row(self, row: Mapping[str, Any]) -> None:
+        """Count a row of the output."""
+        self.rows += 1
+        if "error" in row:
+            self.errors += 1
+            return
+        self.regions += len(row["regions"]) or 1
+        self.prompt_tokens += row["prompt_tokens"]
+        self.cached_tokens += row["cached_tokens"]
+        self.answer_tokens += row["answer_tokens"]
+        self.forms[row["form"]] = self.forms.get(row["form"], 0) + 1
 
     def elapsed(self) -> float:
         """Return seconds since the job began, or that it took."""

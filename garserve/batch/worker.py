@@ -6,37 +6,23 @@ Messages are JSON and arrays. The first one says how to prepare.
 import json
 import signal
 import sys
-from dataclasses import asdict
 from multiprocessing.connection import Connection
-from typing import Any
 
 from garserve.batch.bundles import Bundle
 from garserve.batch.parcel import Parcel, array_count
-from garserve.batch.record import Member, Record
+from garserve.batch.wire import bundle_messages, has_image, read_bundle
 
 
 def send_bundle(connection: Connection, bundle: Bundle) -> None:
     """Send a bundle to a worker that waits for one."""
-    image = bundle.records[0].image
-    described: Any = {"bytes": True} if isinstance(image, bytes) else image
-    if isinstance(image, Member):
-        described = {"member": asdict(image)}
-    # One image for all; records that came without one have an error, and do not get here.
-    records = [{**record.__dict__, "image": "", "options": dict(record.options)} for record in bundle.records]
-    header = {"image": described, "records": records, "wanted": bundle.wanted}
-    connection.send_bytes(json.dumps(header).encode())
-    if isinstance(image, bytes):
-        connection.send_bytes(image)
+    for message in bundle_messages(bundle):
+        connection.send_bytes(message)
 
 
 def receive_bundle(connection: Connection) -> Bundle:
     """Wait for a bundle; EOFError where the other side is gone."""
-    data = json.loads(connection.recv_bytes())
-    image = data["image"]
-    if isinstance(image, dict):
-        image = Member(**image["member"]) if "member" in image else connection.recv_bytes()
-    records = [Record(**{**one, "image": image, "regions": tuple(one["regions"])}) for one in data["records"]]
-    return Bundle(tuple(records), tuple(data["wanted"]))
+    header = connection.recv_bytes()
+    return read_bundle([header, *([connection.recv_bytes()] if has_image(header) else [])])
 
 
 def send_parcel(connection: Connection, parcel: Parcel) -> None:

@@ -1,0 +1,73 @@
+"""What of an input is still to be answered: its records, filtered, each id once, brought together by image."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from garserve.batch.bundles import Bundle, gather
+from garserve.batch.filters import Filters
+from garserve.batch.ledger import Ledger
+from garserve.batch.record import Record, request_digest
+from garserve.batch.source import Source
+from garserve.batch.sources import each_region
+from garserve.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which bundles of a source a job asks; the same ones in the same order whenever source and ledger are the same.
+
+    `split_regions` describes every region by itself. With `mix`, an id that was answered for another request counts
+    as answered.
+    """
+
+    source: Source
+    filters: Filters
+    group: int = 1
+    split_regions: bool = False
+    mix: bool = False
+
+    @property
+    def total(self) -> int | None:
+        """Records that pass the filters, where known."""
+        return None if self.split_regions else self.filters.expected(self.source.total)
+
+    def bundles(self, ledger: Ledger) -> Iterator[Bundle]:
+        """Yield what is not answered yet; RequestError where the input has another request under an answered id."""
+        records = self.source.records()
+        if self.split_regions:
+            records = each_region(records)
+        chosen = self.filters.of(_once(records, ledger))
+        checked = chosen if self.mix else _unchanged(chosen, ledger)
+        for of_image in gather(checked, group=self.group):
+            wanted = tuple(ledger.digest(record.key) is None for record in of_image)
+            if not any(wanted):
+                continue
+            if self.group == 1:
+                of_image = tuple(record for record, flag in zip(of_image, wanted, strict=True) if flag)
+                wanted = (True,) * len(of_image)
+            yield Bundle(of_image, wanted)
+
+
+def _unchanged(records: Iterator[Record], ledger: Ledger) -> Iterator[Record]:
+    """Pass records on; RequestError at one whose id was answered for another request."""
+    for record in records:
+        known = ledger.digest(record.key)
+        if known and known != request_digest(record):
+            raise RequestError(
+                f"{record.place}: id {record.key!r:.80} was answered before for another image, other regions or "
+                "another question: the input has changed; choose another output, or --mix to keep what was answered"
+            )
+        yield record
+
+
+def _once(records: Iterator[Record], ledger: Ledger) -> Iterator[Record]:
+    """Turn a record whose id came up before into an error that is named by its place."""
+    for record in records:
+        if ledger.first_time(record.key):
+            yield record
+            continue
+        place, again = record.place, 1
+        while not ledger.first_time(replace(record, id=None, place=place).key):
+            again += 1
+            place = f"{record.place} again {again}"
+        yield replace(record, id=None, place=place, error=f"id: {record.key!r:.80} came up before in this input")

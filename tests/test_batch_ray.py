@@ -1,0 +1,108 @@
+"""`--ray`: the same job on a cluster, here one of this machine with two engines of the reference."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import garserve
+from garserve.batch.identity import check_job
+from garserve.batch.journal import read_rows
+from garserve.batch.limits import Halt, Stop
+from garserve.batch.parts import Parts, read_manifest
+from garserve.batch.ray_cluster import Engines
+from garserve.batch.ray_job import RayJob
+from garserve.batch.run import Plan, run_job
+from garserve.errors import GarserveError, RequestError
+from tests.batch_data import plan_of, rows, write_requests
+from tests.echo import shared
+
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed (pip install garserve[ray])")
+COUNT, BEFORE = 160, 30
+
+
+def ray_job(plan: Plan, **options: Any) -> RayJob:
+    engines = Engines("local", count=2, cpus=1, gpus=0)
+    checkpoint = plan.preparation.folder
+    return RayJob(plan, checkpoint, "reference", {"max_num_tiles": 1}, engines, rows_a_part=50, **options)
+
+
+def when(happened: Callable[[], bool], act: Callable[[], None]) -> None:
+    """Act from a thread as soon as something has happened."""
+
+    def wait() -> None:
+        while not happened():
+            time.sleep(0.005)
+        act()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@needs_ray
+def test_a_job_that_is_stopped_and_loses_an_engine(mini: Path, tmp_path: Path) -> None:
+    """Begun elsewhere, drained, gone on with, an actor killed: each id once, and the texts of a plain run."""
+    options: dict[str, Any] = {"max_num_tiles": 1, "max_tokens": 2, "in_flight": 8}
+    source, out = write_requests(tmp_path, COUNT, images=40), tmp_path / "out"
+    (tmp_path / "3.png").unlink()
+    engine = garserve.load(mini, "reference", max_num_tiles=1)
+    run_job(plan_of(source, tmp_path / "whole.jsonl", mini, **options), lambda: shared(engine))
+    whole = rows(tmp_path / "whole.jsonl")
+    plan = plan_of(source, out, mini, **options)
+    with Parts(out, rows_a_part=50) as parts:
+        check_job(parts, plan.description(), mix=False)
+        for row in whole[:BEFORE]:
+            parts.append(row)
+
+    stop = Stop()
+    first = ray_job(plan, stop=stop)
+    when(lambda: first.totals.rows >= 10, lambda: stop.tell("interrupted", Halt.drain))
+    totals = first.run()
+    assert (totals.before, stop.reason) == (BEFORE, "interrupted")
+    assert 10 <= totals.rows < COUNT - BEFORE
+    assert read_manifest(out)["complete"] is False
+
+    second, killed = ray_job(plan), []
+
+    def kill() -> None:
+        killed.append(next(iter(second.pids)))
+        os.kill(killed[0], signal.SIGKILL)
+
+    when(lambda: second.totals.rows >= 10 and bool(second.pids), kill)
+    totals = second.run()
+    assert (totals.before, totals.before + totals.rows) == (BEFORE + first.totals.rows, COUNT)
+    assert (second.stop.reason, len(killed)) == (None, 1)
+    manifest = read_manifest(out)
+    assert (manifest["complete"], manifest["rows"], manifest["errors"]) == (True, COUNT, COUNT // 40)
+    assert [part["rows"] for part in manifest["parts"]] == [50, 50, 50, 10]
+    found = list(read_rows(out))
+    assert len(found) == len({row["id"] for row in found}) == COUNT
+    said = [{row["id"]: (row.get("text"), row.get("error")) for row in some} for some in (found, whole)]
+    assert said[0] == said[1]
+
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert ray_job(plan).run().rows == 0  # without a cluster: nothing is left
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@needs_ray
+def test_what_is_refused_before_a_cluster_is_joined(mini: Path, tmp_path: Path) -> None:
+    source = write_requests(tmp_path, 4)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RequestError, match="expected a folder of parts, got a file"):
+        ray_job(plan_of(source, tmp_path / "file", mini)).run()
+    with pytest.raises(RequestError, match="submit the command to it with `ray job submit`"):
+        Engines("ray://head:10001")
+
+
+def test_without_ray(mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(GarserveError, match=r"--ray needs Ray: pip install 'garserve\[ray\]'"):
+        ray_job(plan_of(write_requests(tmp_path, 4), tmp_path / "out", mini)).run()
+    assert not (tmp_path / "out").exists()
