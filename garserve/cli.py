@@ -13,8 +13,8 @@ from rich.markup import escape
 from garserve import __version__
 from garserve.checkpoint import TINY
 from garserve.cli_batch import batch
-from garserve.cli_bench import benchmarks
 from garserve.cli_batch_options import BatchCommand
+from garserve.cli_bench import benchmarks
 from garserve.cli_doctor import doctor
 from garserve.cli_encode import encode
 from garserve.cli_eval import evaluations
