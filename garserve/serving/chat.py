@@ -19,11 +19,12 @@ from garserve.serving.decoding import RegionEngineClient
 from garserve.serving.errors import APIError
 from garserve.serving.openapi import documented
 from garserve.serving.preparation import check_count
+from garserve.serving.routes import Route
 from garserve.serving.schemas import ChatRequest, ImagePart
 from garserve.serving.service import Service, note, request_id, service
 from garserve.vllm_plugin.multimodal import engine_input
 
-router = APIRouter()
+router = APIRouter(route_class=Route)
 _PASSED_ON = ("top_p", "seed", "n", "stop", "presence_penalty", "frequency_penalty", "logprobs", "top_logprobs")
 
 

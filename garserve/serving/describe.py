@@ -17,12 +17,13 @@ from garserve.serving.answering import DONE, as_api_error, attended, event, read
 from garserve.serving.errors import APIError
 from garserve.serving.openapi import documented
 from garserve.serving.preparation import Picture, check_count
+from garserve.serving.routes import Route
 from garserve.serving.schemas import DescribeRequest, Descriptions
 from garserve.serving.service import Service, note, request_id, service
 from garserve.vllm_plugin.arguments import sampling_params
 from garserve.vllm_plugin.multimodal import engine_input
 
-router = APIRouter()
+router = APIRouter(route_class=Route)
 _ENDED = object()
 
 

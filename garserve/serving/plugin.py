@@ -10,7 +10,6 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import State
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -22,7 +21,6 @@ from garserve.inputs.processor import Processor
 from garserve.inputs.prompts import stop_token_id
 from garserve.serving import basics, chat, describe, openapi
 from garserve.serving.admission import Admission
-from garserve.serving.answering import as_api_error
 from garserve.serving.decoding import RegionEngineClient
 from garserve.serving.errors import APIError
 from garserve.serving.gate import Gate
@@ -51,7 +49,6 @@ class RegionEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         """Take away the routes that are not safe to expose, and add garserve's with the gate before them."""
-        self._app = app
         settings = getattr(app.state.args, "garserve", None) or Settings.from_environment()
         admission = Admission(settings.max_queue)
         app.state.garserve_settings, app.state.garserve_admission = settings, admission
@@ -59,6 +56,7 @@ class RegionEndpoints:
         app.router.routes[:] = [route for route in app.router.routes if getattr(route, "path", None) in _KEPT]
         for router in ROUTERS:
             app.include_router(router)
+        app.exception_handler(HTTPException)(_http_error)  # 404 and 405; vLLM's own handler is for FastAPI's class
         app.add_middleware(Gate, settings=settings, admission=admission)
         openapi.install(app, keys=bool(settings.api_keys))
         app.router.lifespan_context = _around(app.router.lifespan_context)
@@ -85,11 +83,6 @@ class RegionEndpoints:
             max_model_len=model_config.max_model_len,
         )
         state.garserve_lifecycle = Lifecycle(state.garserve, state)
-        # After build_app, which sets vLLM's own handlers: its errors have another shape.
-        self._app.exception_handler(HTTPException)(_http_error)
-        self._app.exception_handler(RequestValidationError)(_http_error)
-        for kind in (APIError, ValueError, Exception):
-            self._app.exception_handler(kind)(_any_error)
 
 
 def _around(lifespan: Any) -> Any:
@@ -104,15 +97,10 @@ def _around(lifespan: Any) -> Any:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    if not isinstance(error, HTTPException):
-        return APIError(400, "the request cannot be read").response()
+    assert isinstance(error, HTTPException)  # noqa: S101  (for the type checker)
     phrase = HTTPStatus(error.status_code).phrase
     path = request.scope["path"]
     code = phrase.lower().replace(" ", "_")
     return APIError(
         error.status_code, f"{phrase}: {request.method} {path:.80}", code=code, headers=error.headers
     ).response()
-
-
-async def _any_error(request: Request, error: Exception) -> Response:
-    return as_api_error(error, request).response()
