@@ -47,6 +47,7 @@ from garserve.cli_options import (
     printable,
 )
 from garserve.cli_report import report
+from garserve.cli_serve import serve
 from garserve.cli_shared import console, open_engine, status_console
 from garserve.errors import GarserveError
 
@@ -59,6 +60,7 @@ app.add_typer(exports, name="export")
 app.add_typer(benchmarks, name="bench")
 app.command(cls=BatchCommand)(batch)
 app.command()(report)
+app.command()(serve)
 app.command()(doctor)
 app.command()(encode)
 
