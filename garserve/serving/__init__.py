@@ -1,0 +1,1 @@
+"""The HTTP server: OpenAI's API with regions, and the page to try it (floor 6)."""
