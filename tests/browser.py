@@ -69,6 +69,10 @@ class Page:
             time.sleep(0.03)
         return value
 
+    def see(self, selector: str) -> None:
+        """Wait until there is such an element."""
+        self.wait(f"document.querySelector({json.dumps(selector)}) !== null")
+
     def text(self, selector: str) -> str:
         return self.run(f"document.querySelector({json.dumps(selector)})?.innerText ?? ''")
 

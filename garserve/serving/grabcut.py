@@ -10,7 +10,7 @@ from garserve.errors import RequestError
 from garserve.inputs.regions import Region
 from garserve.inputs.shapes import Mask, StrokeShape
 
-_SIDE = 512  # pixels of the longer side of what is segmented: bounds the time, whatever the image
+_SIDE = 400  # pixels of the longer side of what is segmented: bounds the time, whatever the image
 _ITERATIONS = 5
 _CONTEXT = 0.5  # how much around a drawn outline is looked at, as a share of its larger side
 _REACH = 3  # how many radii around a point or a stroke probably belong to the object
