@@ -235,6 +235,7 @@ def test_stop_and_faults(page: Page, bodies: list[dict[str, Any]]) -> None:
     page.press("Enter")
     page.see(".answer[data-state=failed]")
     assert page.text(".notice.error") == "Too many requests. Try again in 7 s."
+    page.run("document.getElementById('question').select()")
     page.type("401")
     page.press("Enter")
     page.wait("document.getElementById('settings-dialog').open")
@@ -242,6 +243,7 @@ def test_stop_and_faults(page: Page, bodies: list[dict[str, Any]]) -> None:
     page.type("secret key")
     page.press("Enter")
     page.wait("!document.getElementById('settings-dialog').open")
+    page.run("document.getElementById('question').value = ''")
     ask(page, "Now?", 1)
     assert bodies[-1]["key"] == "Bearer secret key"
     assert page.run("[localStorage.length, sessionStorage.getItem('garserve-key')]") == [0, "secret key"]

@@ -66,7 +66,8 @@ export class Answers {
       if (entry.kind === "chat") tools.append(iconButton("undo", "Take the last question back", () => this.takeBack(entry)));
       tools.append(iconButton("close", "Remove from the list", () => this.talk.remove(entry)));
     }
-    return make("header", {}, make("h3", { textContent: title }), tools);
+    const took = running || entry.kind === "chat" ? null : Math.max(...entry.answers.map((one) => one.took ?? 0));
+    return make("header", {}, make("h3", { textContent: took ? `${title} · ${seconds(took)}` : title }), tools);
   }
 
   async copy(entry) {
@@ -90,7 +91,7 @@ export class Answers {
 }
 
 function turn(one) {
-  return make("div", { className: "turn" }, make("p", { className: "question" }, ...coloured(one.question)), said(one), notes(one));
+  return make("div", { className: "turn" }, make("p", { className: "question" }, ...coloured(one.question)), said(one), notes(one, true));
 }
 
 function row(one, position) {
@@ -103,13 +104,13 @@ function said(one) {
   return text;
 }
 
-function notes(one) {
+function notes(one, timed = false) {
   const found = [];
   if (one.state === "stopped") found.push("stopped");
   if (one.state === "done" && !one.text) found.push("an empty answer");
   if (one.finish === "length") found.push("cut at the longest answer");
-  if (one.first !== null && one.state === "done") found.push(`first word after ${seconds(one.first)}`);
-  if (one.took !== null) found.push(`${seconds(one.took)} in all`);
+  if (timed && one.first !== null && one.state === "done") found.push(`first word after ${seconds(one.first)}`);
+  if (timed && one.took !== null) found.push(`${seconds(one.took)} in all`);
   const line = make("p", { className: "notes", textContent: found.join(" · ") });
   return one.error ? make("p", { className: "error", textContent: one.error }) : line;
 }

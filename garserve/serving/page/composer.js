@@ -87,14 +87,17 @@ export class Composer {
     } else if (event.key === "Escape") field.blur();
   }
 
-  send() {
+  async send() {
     const question = this.field.value.trim(), { regions, picture } = this.store.state;
-    if (!picture || !regions.length) return this.fail("Mark at least one region of the picture first.");
-    if (!question) return this.field.focus();
+    if (!picture || !regions.length) return void this.fail("Mark at least one region of the picture first.");
+    if (!question) return void this.field.focus();
     const missing = named(question).filter((position) => position >= regions.length);
-    if (missing.length) return this.fail(`${nameOf(missing[0])} is not marked on the picture; ${regions.map((_, i) => nameOf(i)).join(", ")} ${regions.length > 1 ? "are" : "is"}.`);
+    if (missing.length) return void this.fail(`${nameOf(missing[0])} is not marked on the picture; ${regions.map((_, i) => nameOf(i)).join(", ")} ${regions.length > 1 ? "are" : "is"}.`);
     this.field.value = "";
     this.colour();
-    return this.talk.ask(question);
+    const { state, text } = await this.talk.ask(question);
+    if (state !== "failed" || text || this.field.value) return;
+    this.field.value = question; // to be asked again
+    this.colour();
   }
 }

@@ -8,7 +8,7 @@ export function tell(text, seen = false) {
   $("said").textContent = text;
   if (!seen) return;
   const notice = make("div", { className: "notice", textContent: text, aria: { hidden: "true" } });
-  $("notices").append(notice);
+  show(notice);
   setTimeout(() => notice.remove(), MOMENT_MS);
 }
 
@@ -18,7 +18,15 @@ export function fail(error) {
   for (const notice of $("notices").querySelectorAll(".error")) notice.remove();
   const notice = make("div", { className: "notice error", role: "alert" }, make("span", { textContent: text }));
   notice.append(iconButton("close", "Close", () => notice.remove()));
-  $("notices").append(notice);
+  show(notice);
+}
+
+// Above everything, an open dialog too: what came last to the top layer is the highest in it.
+function show(notice) {
+  const box = $("notices");
+  box.append(notice);
+  if (box.matches(":popover-open")) box.hidePopover();
+  box.showPopover?.();
 }
 
 /** Take errors away: what was wrong is right now. */

@@ -12,7 +12,7 @@ export class Stage {
     this.context = canvas.getContext("2d");
     this.scene = { picture: null, regions: [], selected: -1, lit: -1, draft: null, pen: null };
     this.zoom = { factor: 1, x: 0.5, y: 0.5 }; // the point of the picture in the middle, as shares of its sides
-    this.tints = new WeakMap();
+    this.masks = new WeakMap();
     this.font = getComputedStyle(document.body).fontFamily;
     new ResizeObserver(() => this.redraw()).observe(canvas);
   }
@@ -90,12 +90,8 @@ export class Stage {
     const dim = scene.lit >= 0 && scene.lit !== position;
     context.save();
     context.globalAlpha = dim ? 0.35 : 1;
-    if (region.rle) {
-      context.imageSmoothingEnabled = false;
-      context.drawImage(this.tint(region.rle, colour, Math.max(1, Math.round(1.6 / scale)), lit), 0, 0);
-    } else {
-      this.drawShape(region.shape, colour, scale, lit);
-    }
+    if (region.rle) this.drawMask(region.rle, colour, scale, lit);
+    else this.drawShape(region.shape, colour, scale, lit);
     context.restore();
   }
 
@@ -117,18 +113,29 @@ export class Stage {
     context.stroke(path);
   }
 
-  // A refined mask as a picture of its own: tinted inside, solid at its edge.
-  tint(rle, colour, edge, lit) {
-    const name = `${colour} ${edge} ${lit}`;
-    const known = this.tints.get(rle) ?? new Map();
-    this.tints.set(rle, known);
-    if (!known.has(name)) known.set(name, tinted(rle, colour, edge, lit ? 107 : 66));
-    return known.get(name);
+  drawMask(rle, colour, scale, lit) {
+    const { context } = this, alpha = context.globalAlpha, [height, width] = rle.size;
+    const { fill, ring } = this.layers(rle, colour, scale, lit ? 2.75 : 2);
+    context.globalAlpha = alpha * (lit ? 0.42 : 0.26);
+    context.drawImage(fill, 0, 0);
+    context.globalAlpha = alpha;
+    context.drawImage(ring, 0, 0, width, height);
+  }
+
+  // A refined mask filled with its colour, and the line around it at the screen's resolution; made anew when it changes.
+  layers(rle, colour, scale, line) {
+    const density = devicePixelRatio || 1, name = `${colour} ${scale * density} ${line}`;
+    if (this.masks.get(rle)?.name !== name) {
+      const fill = filled(rle, colour);
+      this.masks.set(rle, { name, fill, ring: ringed(fill, Math.min(scale * density, 4096 / Math.max(...rle.size)), line * density) });
+    }
+    return this.masks.get(rle);
   }
 
   drawBadge(region, position, scale) {
-    const { context, scene } = this, [x1, y1] = bounds(region), side = 22 / scale;
-    const x = clamp(x1, 0, scene.picture.width - side), y = clamp(y1, 0, scene.picture.height - side);
+    const { context, scene } = this, [x1, y1, x2, y2] = bounds(region), side = 22 / scale;
+    const out = Math.max(x2 - x1, y2 - y1) < 2 * side ? 0.8 * side : 0; // a small region is not hidden by its number
+    const x = clamp(x1 - out, 0, scene.picture.width - side), y = clamp(y1 - out, 0, scene.picture.height - side);
     context.save();
     context.globalAlpha = scene.lit >= 0 && scene.lit !== position ? 0.5 : 1;
     context.fillStyle = COLOURS[position % COLOURS.length];
@@ -180,15 +187,25 @@ export class Stage {
   }
 }
 
-function tinted(rle, colour, edge, alpha) {
+function filled(rle, colour) {
   const [height, width] = rle.size, mask = maskOf(rle), value = parseInt(colour.slice(1), 16);
-  const picture = new ImageData(width, height);
-  for (let i = mask.indexOf(1); i >= 0; i = mask.indexOf(1, i + 1)) {
-    const x = i % width;
-    const within = x >= edge && x < width - edge && mask[i - edge] && mask[i + edge] && mask[i - edge * width] && mask[i + edge * width];
-    picture.data.set([value >> 16, (value >> 8) & 255, value & 255, within ? alpha : 255], 4 * i);
-  }
+  const picture = new ImageData(width, height), pixel = [value >> 16, (value >> 8) & 255, value & 255, 255];
+  for (let i = mask.indexOf(1); i >= 0; i = mask.indexOf(1, i + 1)) picture.data.set(pixel, 4 * i);
   const canvas = Object.assign(document.createElement("canvas"), { width, height });
   canvas.getContext("2d").putImageData(picture, 0, 0);
+  return canvas;
+}
+
+// What lies within a line's width of the mask, less the mask.
+function ringed(fill, scale, line) {
+  const width = Math.max(Math.round(fill.width * scale), 1), height = Math.max(Math.round(fill.height * scale), 1);
+  const canvas = Object.assign(document.createElement("canvas"), { width, height });
+  const context = canvas.getContext("2d");
+  for (let k = 0; k < 12; k++) {
+    const angle = (k * Math.PI) / 6;
+    context.drawImage(fill, line * Math.cos(angle), line * Math.sin(angle), width, height);
+  }
+  context.globalCompositeOperation = "destination-out";
+  context.drawImage(fill, 0, 0, width, height);
   return canvas;
 }

@@ -52,7 +52,7 @@ export class Talk {
     });
   }
 
-  /** Ask a question: the next turn of the open conversation, or the first of a new one. */
+  /** Ask a question: the next turn of the open conversation, or the first of a new one. Resolves to its answer. */
   async ask(question) {
     const { picture, regions, entries, model } = this.state, going = this.open();
     const made = going ?? entry("chat", picture, regions, []);
@@ -68,6 +68,7 @@ export class Talk {
         this.changed(made);
       }
     });
+    return one;
   }
 
   longest() { return this.state.longest ? { max_tokens: this.state.longest } : {}; }
