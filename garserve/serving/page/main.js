@@ -21,8 +21,8 @@ const store = new Store({
 });
 const stage = new Stage($("canvas"));
 const failed = (error) => {
-  fail(error);
   if (error.status === 401 || error.status === 403) dialogs.open("settings-dialog");
+  fail(error);
 };
 const editing = new Editing(store, { tell, fail: failed, renamed: (gone) => composer.renamed(gone) });
 const talk = new Talk(store, {
@@ -43,6 +43,7 @@ new Keyboard({
   stage, store, editing, pointer, tell, help: () => dialogs.open("help-dialog"),
   ask: { describe: () => panel.describe(), focus: () => composer.focus() },
 });
+store.on(["regions", "entries"], calm);
 store.on(["picture", "regions", "selected"], ({ picture, regions, selected }) => stage.show({ picture, regions, selected }));
 
 /** Show another picture. */
@@ -50,7 +51,6 @@ async function open(read, regions = []) {
   try {
     const picture = await read();
     talk.stop();
-    calm();
     store.set({ brush: Math.max(Math.round(Math.max(picture.width, picture.height) / 30), 2) });
     editing.open(picture, regions);
     return true;
