@@ -124,7 +124,9 @@ class Page:
         node = self.send("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.send("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
 
-    def window(self, width: int, height: int, *, mobile: bool = False, density: float = 1.0, dark: bool = False) -> None:
+    def window(
+        self, width: int, height: int, *, mobile: bool = False, density: float = 1.0, dark: bool = False
+    ) -> None:
         """Set the window's size and kind, and what the system prefers."""
         self.send(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=density, mobile=mobile

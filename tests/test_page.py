@@ -2,14 +2,13 @@
 
 import base64
 import io
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -196,7 +195,9 @@ def test_a_conversation(page: Page, bodies: list[dict[str, Any]]) -> None:
     assert "You said: Where is <Prompt1> relative to <Prompt0>?".startswith(partial.strip())
     page.wait(DONE.format(1))
     assert page.text(".answer").strip() == "You said: Where is <Prompt1> relative to <Prompt0>?"
-    colours = page.run("""[...document.querySelectorAll('.answer .name')].map((name) => getComputedStyle(name).boxShadow)""")
+    colours = page.run(
+        """[...document.querySelectorAll('.answer .name')].map((name) => getComputedStyle(name).boxShadow)"""
+    )
     assert ["86, 180, 233" in colours[0], "230, 159, 0" in colours[1]] == [True, True]
     first = bodies[-1]["messages"][0]["content"]
     assert [part["type"] for part in first] == ["image_url", "text"]
@@ -266,9 +267,19 @@ def test_a_deleted_region_leaves_the_others_their_names(page: Page, bodies: list
     assert [region["box"][0] for region in bodies[-1]["messages"][0]["content"][0]["regions"]] == [100, 200]
 
 
-@pytest.mark.parametrize("question", ["", "Is <Prompt0> $HOME or `id` or \\n 'here' \"there\"? Ünï [ 1,  2 ]"], ids=["all", "ask"])
+@pytest.mark.parametrize(
+    "question", ["", "Is <Prompt0> $HOME or `id` or \\n 'here' \"there\"? Ünï [ 1,  2 ]"], ids=["all", "ask"]
+)
 @pytest.mark.parametrize("language", ["curl", "python"])
-def test_the_code_asks_the_same(page: Page, bodies: list[dict[str, Any]], tmp_path: Path, language: str, question: str) -> None:
+def test_the_code_asks_the_same(
+    page: Page,
+    bodies: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    language: str,
+    question: str,
+) -> None:
     named = tmp_path / "it's a $(photo).jpg"
     named.write_bytes(PHOTO.read_bytes())
     show(page, named)
@@ -288,16 +299,21 @@ def test_the_code_asks_the_same(page: Page, bodies: list[dict[str, Any]], tmp_pa
     else:
         describe(page, bodies)
     asked = {**bodies[-1]}
-    command = ["bash", "-c", code] if language == "curl" else [sys.executable, "-c", code]
-    environment = {**os.environ, "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60, env=environment)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    if language == "python":
+        exec(compile(code, "code", "exec"), {})
+        printed = capsys.readouterr().out
+    else:
+        done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout
     told = {**bodies[-1]}
     for body in (asked, told):
         body.pop("stream", None)
         body.pop("key", None)
     assert told == asked
-    assert ("<Prompt0> $HOME" if question else "given as a scribble") in done.stdout or "Prompt0" in done.stdout
+    assert ("<Prompt0> $HOME" if question else "given as a scribble") in printed or "Prompt0" in printed
 
 
 def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
@@ -306,7 +322,9 @@ def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
-def test_the_server_sees_the_pixels_of_the_screen(page: Page, bodies: list[dict[str, Any]], tmp_path: Path, picture: np.ndarray) -> None:
+def test_the_server_sees_the_pixels_of_the_screen(
+    page: Page, bodies: list[dict[str, Any]], tmp_path: Path, picture: np.ndarray
+) -> None:
     """Turned, transparent, grey and palette pictures: regions count the pixels that the server sees."""
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -340,7 +358,8 @@ def test_masks_are_read_as_coco_writes_them(page: Page, base: str) -> None:
     for height, width, share in ((1, 1, 1.0), (7, 5, 0.5), (40, 60, 0.02), (300, 200, 0.9)):
         mask = (rng.random((height, width)) < share).astype(np.uint8)
         text = coco.encode(np.asfortranarray(mask))["counts"].decode()
-        found = page.run(f"import('{base}page/rle.js').then((rle) => [...rle.decode({{size: [{height}, {width}], counts: {text!r}}})])")
+        given = f"{{size: [{height}, {width}], counts: {text!r}}}"
+        found = page.run(f"import('{base}page/rle.js').then((rle) => [...rle.decode({given})])")
         assert found == mask.ravel().tolist()
 
 
@@ -348,7 +367,8 @@ def test_the_sample_is_the_demo(page: Page, bodies: list[dict[str, Any]]) -> Non
     page.click(".try-sample")
     page.wait(DONE.format(3))
     shown = [Region.parse(region).mask(400, 600) for region in bodies[-1]["regions"]]
-    assert all(np.array_equal(mask, region.mask(400, 600)) for mask, region in zip(shown, REGIONS.values(), strict=True))
+    wanted = [region.mask(400, 600) for region in REGIONS.values()]
+    assert all(np.array_equal(mask, other) for mask, other in zip(shown, wanted, strict=True))
 
 
 def test_a_finger_on_a_small_screen(page: Page, bodies: list[dict[str, Any]]) -> None:
@@ -374,4 +394,15 @@ def test_dark_and_light(page: Page) -> None:
     page.open(page.run("location.href"))
     assert ground() > 600
     page.run("localStorage.clear()")
-    assert page.run("fetch('./').then((answer) => answer.headers.get('Content-Security-Policy'))").count("unsafe") == 0
+
+
+def test_files_of_the_page(base: str) -> None:
+    first = httpx.get(base, trust_env=False)
+    assert "unsafe" not in first.headers["Content-Security-Policy"]
+    assert "default-src 'none'; script-src 'self'; style-src 'self'" in first.headers["Content-Security-Policy"]
+    again = httpx.get(base, headers={"If-None-Match": first.headers["ETag"]}, trust_env=False)
+    assert (again.status_code, again.content) == (304, b"")
+    for name in ("../regions.py", "%2e%2e%2fregions.py", "..%2f..%2fdata/coffee.jpg", "none.js", "", "page/main.js"):
+        assert httpx.get(base + "page/" + name, trust_env=False).status_code == 404
+    for name, kind in (("main.js", "text/javascript"), ("style.css", "text/css"), ("sample.jpg", "image/jpeg")):
+        assert httpx.get(base + "page/" + name, trust_env=False).headers["Content-Type"].startswith(kind)

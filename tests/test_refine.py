@@ -208,4 +208,6 @@ def test_a_refiner_of_the_wrong_form_is_told(base: str) -> None:
     assert status == 400
     assert "no mask of the image's size" in answer["error"]["message"]
     refine.register(SimpleNamespace(refine=lambda image, region: (_ for _ in ()).throw(RegionError("box: too small"))))
-    assert post(base, {"image": png(scene()), "region": {"box": [1, 1, 9, 9]}})[1]["error"]["message"] == "box: too small"
+    assert (
+        post(base, {"image": png(scene()), "region": {"box": [1, 1, 9, 9]}})[1]["error"]["message"] == "box: too small"
+    )

@@ -61,7 +61,9 @@ def _offered(name: str) -> Refiner:
 
         return GrabCut()
     if not name and len(offers) > 1:
-        raise RequestError(f"refine: several refiners are installed ({', '.join(sorted(offers))}); GARSERVE_REFINER chooses")
+        raise RequestError(
+            f"refine: several refiners are installed ({', '.join(sorted(offers))}); GARSERVE_REFINER chooses"
+        )
     if name and name not in offers:
         raise RequestError(f"refine: GARSERVE_REFINER: expected grabcut or one of {sorted(offers)}, got {name!r:.80}")
     made = offers[name or next(iter(offers))].load()()
@@ -78,7 +80,9 @@ class RefineRequest(BaseModel):
     }]})  # fmt: skip
 
     image: str = Field(description="The image as a data URL.")
-    region: dict[str, Any] = Field(description="A box, polygon, points, scribble or RLE, in pixels of the upright image.")
+    region: dict[str, Any] = Field(
+        description="A box, polygon, points, scribble or RLE, in pixels of the upright image."
+    )
 
 
 router = APIRouter()

@@ -64,10 +64,15 @@ export class Answers {
     if (!running) {
       tools.append(iconButton("copy", "Copy the text", () => this.copy(entry)));
       if (entry.kind === "chat") tools.append(iconButton("undo", "Take the last question back", () => this.takeBack(entry)));
-      tools.append(iconButton("close", "Remove from the list", () => this.talk.remove(entry)));
+      tools.append(iconButton("close", "Remove from the list", () => this.remove(entry)));
     }
     const took = running || entry.kind === "chat" ? null : Math.max(...entry.answers.map((one) => one.took ?? 0));
     return make("header", {}, make("h3", { textContent: took ? `${title} · ${seconds(took)}` : title }), tools);
+  }
+
+  remove(entry) {
+    this.talk.remove(entry);
+    $("talk").focus({ preventScroll: true });
   }
 
   async copy(entry) {

@@ -66,6 +66,7 @@ async function failure(response) {
   } catch {
     // An answer that is no JSON, of something between the server and here.
   }
+  if (response.status === 401) said = key.get() ? "The server does not know this API key." : "";
   const later = response.headers.get("Retry-After");
   const again = later ? ` Try again in ${later} s.` : "";
   return new ApiError(`${said || meaning(response.status)}${again}`, response.status);

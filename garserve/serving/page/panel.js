@@ -26,7 +26,10 @@ export class Panel {
   }
 
   list({ regions, selected, refining, picture }) {
+    const at = [...$("regions").querySelectorAll("button")].indexOf(document.activeElement);
     $("regions").replaceChildren(...regions.map((region, i) => this.item(region, i, selected, refining)));
+    const buttons = $("regions").querySelectorAll("button"); // whoever stood on one of them stands on its successor
+    if (at >= 0) (buttons[Math.min(at, buttons.length - 1)] ?? $("canvas")).focus();
     $("no-regions").hidden = regions.length > 0 || !picture;
     $("count").textContent = regions.length ? `${regions.length} of ${this.editing.most}` : "";
   }

@@ -8,7 +8,7 @@ const PICTURE = Symbol("the picture's data URL");
 export function request({ model, regions, question, turns = [], longest }) {
   const limits = longest ? { max_tokens: longest } : {};
   if (!question) return { path: "v1/regions/describe", body: { image: PICTURE, regions, ...limits } };
-  const body = { model, messages: messages(PICTURE, regions, turns, question), temperature: 0, ...limits, stream: true };
+  const body = { model: model || "default", messages: messages(PICTURE, regions, turns, question), temperature: 0, ...limits, stream: true };
   return { path: "v1/chat/completions", body };
 }
 

@@ -62,7 +62,7 @@ export class Talk {
     this.store.set({ entries: going ? [...entries] : [...entries, made] });
     await this.run(made, [one], async (signal, began) => {
       const asked = messages(picture.url, regions.map(wire), turns, question);
-      for await (const { delta, finish } of api.chat({ model, messages: asked, temperature: 0, ...this.longest() }, signal)) {
+      for await (const { delta, finish } of api.chat({ model: model || undefined, messages: asked, temperature: 0, ...this.longest() }, signal)) {
         grow(one, delta, began);
         if (finish) Object.assign(one, { finish, state: "done", took: since(began) });
         this.changed(made);
