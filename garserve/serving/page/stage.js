@@ -201,6 +201,7 @@ function ringed(fill, scale, line) {
   const width = Math.max(Math.round(fill.width * scale), 1), height = Math.max(Math.round(fill.height * scale), 1);
   const canvas = Object.assign(document.createElement("canvas"), { width, height });
   const context = canvas.getContext("2d");
+  context.imageSmoothingEnabled = scale < 3; // as the picture is drawn
   for (let k = 0; k < 12; k++) {
     const angle = (k * Math.PI) / 6;
     context.drawImage(fill, line * Math.cos(angle), line * Math.sin(angle), width, height);
