@@ -19,9 +19,9 @@ from garserve.inputs.regions import Region
 from tests.browser import CHROMIUM, NO_CHROMIUM, Page, browsing
 from tests.conftest import PHOTO
 from tests.page_server import make_app, said, serving
+from tests.page_steps import DONE, at, draw, show
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
-DONE = "document.querySelectorAll('.answer[data-state=done]').length === {}"
 
 
 @pytest.fixture(scope="module")
@@ -52,26 +52,6 @@ def page(tab: Page, base: str) -> Iterator[Page]:
     tab.wait("document.getElementById('model').textContent === 'echo'")
     yield tab
     assert tab.complaints == []
-
-
-def show(page: Page, path: Path = PHOTO) -> None:
-    page.run("delete document.getElementById('canvas').dataset.view")
-    page.choose_file("#file", path)
-    page.wait("document.getElementById('canvas').dataset.view")
-
-
-def at(page: Page, *points: tuple[float, float]) -> list[tuple[float, float]]:
-    """Where points of the picture are in the window."""
-    x, y, scale = map(float, page.run("document.getElementById('canvas').dataset.view").split())
-    left, top = page.run("(({ x, y }) => [x, y])(document.getElementById('canvas').getBoundingClientRect())")
-    return [(left + x + px * scale, top + y + py * scale) for px, py in points]
-
-
-def draw(page: Page, tool: str, *points: tuple[float, float]) -> None:
-    before = page.run("document.querySelectorAll('#regions li').length")
-    page.click(f"[data-tool={tool}]")
-    page.drag(*at(page, *points))
-    page.wait(f"document.querySelectorAll('#regions li').length === {before + 1}")
 
 
 def describe(page: Page, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
