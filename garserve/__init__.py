@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from garserve.client import AsyncClient as AsyncClient
+    from garserve.client import Client as Client
+    from garserve.client import ServerError as ServerError
     from garserve.engine import Answer as Answer
     from garserve.engine import Chat as Chat
     from garserve.engine import Chunk as Chunk
@@ -27,6 +30,9 @@ _HOMES = {
     "Answer": "engine",
     "Chat": "engine",
     "Chunk": "engine",
+    "Client": "client",
+    "AsyncClient": "client",
+    "ServerError": "client",
     "Engine": "engine",
     "load": "engine",
     "CheckpointError": "errors",

@@ -45,6 +45,7 @@ from garserve.cli_options import (
     printable,
 )
 from garserve.cli_report import report
+from garserve.cli_serve import serve
 from garserve.cli_shared import console, open_engine, status_console
 from garserve.errors import GarserveError
 
@@ -56,6 +57,7 @@ app.add_typer(evaluations, name="eval")
 app.add_typer(exports, name="export")
 app.command()(batch)
 app.command()(report)
+app.command()(serve)
 app.command()(doctor)
 app.command()(encode)
 

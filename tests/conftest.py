@@ -58,6 +58,31 @@ def reference(mini: Path) -> Iterator[object]:
         yield engine
 
 
+@pytest.fixture(scope="session")
+def tiny_reference() -> Iterator[object]:
+    import garserve
+
+    with garserve.load("tiny", "reference") as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
+    """One garserve server on the tiny checkpoint for all tests over HTTP; file:// images come from `server.folder`."""
+    pytest.importorskip("vllm", reason="vLLM is not installed (pip install garserve[cpu] or garserve[gpu])")
+    from tests.served import served
+
+    folder = tmp_path_factory.mktemp("server")
+    images = folder / "images"
+    images.mkdir()
+    (images / "photo.jpg").write_bytes(PHOTO.read_bytes())
+    options = ["--image-folder", str(images), "--image-host", "localhost", "--image-host", "metadata.invalid"]
+    options += ["--body-seconds", "0.8", "--max-body-mb", "8", "--max-image-mb", "5"]
+    with served(folder, *options) as running:
+        running.folder = images
+        yield running
+
+
 @pytest.fixture(scope="module")
 def vllm_engine(mini: Path) -> Iterator[object]:
     """One vLLM engine on the mini checkpoint for all tests of a file; vLLM runs one in a process at a time."""

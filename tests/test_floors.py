@@ -23,6 +23,7 @@ FLOORS = {
     "garserve.vllm_plugin": 4,
     "garserve.export": 4,
     "garserve.engine": 5,
+    "garserve.client": 5,
     "garserve.batch": 6,
     "garserve.serving": 6,
     "garserve.conformance": 6,
@@ -38,6 +39,7 @@ FLOORS = {
     "garserve.cli_doctor": 8,
     "garserve.cli_encode": 8,
     "garserve.cli_export": 8,
+    "garserve.cli_serve": 8,
     "garserve.cli": 9,
     "garserve.__main__": 10,
 }

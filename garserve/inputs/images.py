@@ -52,6 +52,29 @@ def load_mask(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> 
         return _guarded(name, lambda: _loaded(open_picture(file, name, max_pixels)))
 
 
+def load_with_alpha(
+    source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_PIXELS
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
+    """Read an image whose alpha channel marks something: RGB uint8 [H, W, 3] as it lies below it, and bool [H, W].
+
+    The mask is where alpha is not 0; None where there is no alpha, or it is opaque everywhere. Then the image is what
+    `load_image` returns. Both are upright. Raises ImageError as `load_image` does.
+    """
+    file, name = _open_bytes(source)
+    with file:
+        return _guarded(name, lambda: _split_alpha(open_picture(file, name, max_pixels), name, max_pixels))
+
+
+def _split_alpha(image: Image.Image, name: str, max_pixels: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
+    upright = _upright(image)
+    if "A" not in upright.getbands() and "transparency" in upright.info:
+        upright = upright.convert("RGBA")
+    if "A" not in upright.getbands() or upright.getchannel("A").getextrema()[0] == 255:
+        return _to_rgb(upright, name, max_pixels), None
+    alpha = np.asarray(upright.getchannel("A"), dtype=np.uint8) != 0
+    return np.array(upright.convert("RGBA").convert("RGB"), dtype=np.uint8), alpha
+
+
 def open_picture(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
     """Open an image file of a usual format, its pixels not decoded yet; ImageError where it is too large."""
     with warnings.catch_warnings():

@@ -127,14 +127,17 @@ def _from_fields(data: dict[str, Any]) -> Region:
         raise RegionError(f"region: {kind} has no field {unknown[0]!r}; it takes {sorted(options) or 'no options'}")
     given = {key: data[key] for key in options & set(data)}
     for key, value in given.items():
-        good = (
-            isinstance(value, bool) if key == "clip" else isinstance(value, int | float) and not isinstance(value, bool)
-        )
+        good = isinstance(value, bool) if key == "clip" else _is_number(value)
         if not good:
             raise RegionError(
                 f"{kind}: {key}: expected {'true or false' if key == 'clip' else 'a number'}, got {value!r:.80}"
             )
     return make(data[kind], **given)
+
+
+def _is_number(value: Any) -> bool:
+    """Say whether a value is a number that a float can hold."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**53)
 
 
 def normalised_box(mask: Mask) -> Box:
@@ -156,6 +159,8 @@ def _numbers(kind: str, values: Any, count: int | None = None) -> Any:
         numbers = tuple(float(value) for value in values)
     except (TypeError, ValueError):
         raise RegionError(f"{kind}: expected numbers, got {values!r:.80}") from None
+    except OverflowError:
+        raise RegionError(f"{kind}: expected finite numbers, got {values!r:.80}") from None
     if count is not None and len(numbers) != count:
         raise RegionError(f"{kind}: expected {count} numbers, got {len(numbers)}")
     if not all(math.isfinite(number) for number in numbers):

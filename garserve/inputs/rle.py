@@ -18,7 +18,7 @@ def decode_rle(rle: Any, height: int, width: int) -> NDArray[np.bool_]:
         raise RegionError(f'rle: expected {{"size": [height, width], "counts": ...}}, got {rle!r:.80}')
     try:
         size = [int(side) for side in rle["size"]]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         size = []
     if size != [height, width]:
         raise RegionError(
@@ -37,7 +37,7 @@ def decode_rle(rle: Any, height: int, width: int) -> NDArray[np.bool_]:
 def _runs_of_list(counts: Any) -> list[int]:
     try:
         runs = [int(run) for run in counts]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise RegionError(f"rle: counts: expected a string or a list of whole numbers, got {counts!r:.80}") from None
     if any(run < 0 for run in runs):
         raise RegionError(f"rle: counts: expected runs of at least 0 pixels, got {min(runs)}")

@@ -1,1 +1,1 @@
-"""The HTTP server: OpenAI's API with regions, and the page to try it (floor 6)."""
+"""HTTP on vLLM's API server: regions in chat messages, captions of regions, limits and operations (floor 6)."""

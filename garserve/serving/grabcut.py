@@ -20,6 +20,9 @@ _LEAST = 0.02  # a result of less than this share of what was drawn is taken for
 class GrabCut:
     """Finds the object in a box or an outline, or the one that points or a scribble lie on."""
 
+    def __init__(self) -> None:
+        _opencv()
+
     def refine(self, image: NDArray[np.uint8], region: Region) -> Mask:
         """Return the object's mask [H, W] of an RGB image [H, W, 3]; where none is found, the region as drawn."""
         cv2 = _opencv()

@@ -6,7 +6,8 @@ from importlib.resources import files
 from pathlib import PurePosixPath
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
 
 # The table of the system says other things on every machine; what browsers run has to have the right type.
 _TYPES = {
@@ -52,8 +53,7 @@ def _contents() -> dict[str, tuple[bytes, str]]:
 
 def _answer(request: Request, name: str) -> Response:
     if name not in _contents():
-        message = f"page: no file {name!r:.80}"
-        return JSONResponse({"error": {"message": message, "type": "not_found_error", "code": "not_found"}}, 404)
+        raise HTTPException(404)
     content, tag = _contents()[name]
     headers = {**_HEADERS, "ETag": tag}
     if request.headers.get("if-none-match") == tag:

@@ -1,29 +1,37 @@
-"""`POST /v1/regions/refine`: a box, points, a scribble or an outline, made to the object's own mask.
+"""POST /v1/regions/refine: a box, points, a scribble or an outline, made to the mask of the object that it marks.
 
 GrabCut does it unless another refiner is there: one that was registered, or one that an installed package offers under
 the entry point `garserve.refiners`. `GARSERVE_REFINER` names one of several.
 """
 
+import asyncio
 import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from importlib.metadata import entry_points
 from typing import Any, Protocol, runtime_checkable
 
-import anyio
 import numpy as np
-from fastapi import APIRouter
-from fastapi.responses import JSONResponse
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
 from numpy.typing import NDArray
+from pycocotools import mask as coco
 from pydantic import BaseModel, ConfigDict, Field
 
-from garserve.errors import InputError, RegionError, RequestError
-from garserve.inputs.images import load_image
+from garserve.errors import InputError, RequestError
 from garserve.inputs.regions import Region
 from garserve.inputs.shapes import Mask
+from garserve.serving.answering import attended, read_body
+from garserve.serving.errors import APIError
+from garserve.serving.openapi import documented
+from garserve.serving.regions import drawable, parse_regions
+from garserve.serving.routes import Route
+from garserve.serving.schemas import RegionJSON, Strict
+from garserve.serving.service import Service, service
 
 GROUP = "garserve.refiners"
-_AT_ONCE = 2  # refinements at a time: they compete with the decoding of images for the same cores
-_MAX_PIXELS = 64_000_000
+# Two refinements at a time, and never in the threads that prepare answers.
+_threads = ThreadPoolExecutor(2, thread_name_prefix="garserve-refine")
 
 
 @runtime_checkable
@@ -49,7 +57,7 @@ def register(refiner: Refiner) -> None:
 
 
 def chosen() -> Refiner:
-    """Return the refiner in use; RequestError where an entry point's name is not clear, or not there."""
+    """Return the refiner in use; RequestError where it is not clear which, or it is not there."""
     return _registered[0] if _registered else _offered(os.environ.get("GARSERVE_REFINER", ""))
 
 
@@ -72,49 +80,59 @@ def _offered(name: str) -> Refiner:
     return made
 
 
-class RefineRequest(BaseModel):
+class RefineRequest(Strict):
     """One image and one region of it."""
 
-    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{
-        "image": "data:image/jpeg;base64,…", "region": {"box": [196, 228, 262, 310]},
-    }]})  # fmt: skip
-
-    image: str = Field(description="The image as a data URL.")
-    region: dict[str, Any] = Field(
-        description="A box, polygon, points, scribble or RLE, in pixels of the upright image."
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"image": "data:image/png;base64,iVBORw0KGgo…", "region": {"box": [320, 235, 412, 335]}}]
+        },
     )
+    image: str = Field(min_length=1, description="data:…, or what the operator allows of http(s):// and file://")
+    region: RegionJSON
 
 
-router = APIRouter()
+class Refined(BaseModel):
+    """The object's mask, as a region that every other request takes."""
+
+    region: RegionJSON = Field(description="COCO's RLE, compressed.")
 
 
-@router.post("/v1/regions/refine", summary="Refine a region to the object's mask")
-async def refine(request: RefineRequest) -> JSONResponse:
-    """Answer `{"region": {"rle": {"size": [H, W], "counts": "…"}}}`: COCO's RLE of the object's mask."""
+router = APIRouter(route_class=Route)
+
+
+@router.post(
+    "/v1/regions/refine",
+    **documented(RefineRequest, answer=Refined, summary="Refine a region to the mask of the object in it"),
+)
+async def refine_region(raw_request: Request) -> Response:
+    """Find the object that a region marks; where none is found, the region is answered as it was drawn."""
+    own = service(raw_request)
+    body = await read_body(raw_request, RefineRequest)
+    return JSONResponse(await attended(raw_request, _refine(own, body), own.settings.request_seconds))
+
+
+async def _refine(own: Service, body: RefineRequest) -> dict[str, Any]:
     try:
-        async with _limit():
-            region = await anyio.to_thread.run_sync(refined, request.image, request.region)
+        (region,) = parse_regions([body.region], own.settings.max_points)
+        picture = await own.preparer.picture(body.image)
+        loop = asyncio.get_running_loop()
+        return {"region": await loop.run_in_executor(_threads, refined, picture.pixels, region)}
     except InputError as error:
-        return JSONResponse({"error": {"message": str(error), "type": "BadRequestError", "code": 400}}, 400)
-    return JSONResponse({"region": region})
+        raise type(error)(str(error).replace("regions[0]: ", "region: ", 1)) from None
 
 
-@lru_cache(maxsize=1)
-def _limit() -> anyio.Semaphore:
-    return anyio.Semaphore(_AT_ONCE)
+def refined(image: NDArray[np.uint8], region: Region | str) -> dict[str, Any]:
+    """Return {"rle": …} of the object that a region marks in an image [H, W, 3].
 
-
-def refined(url: str, data: dict[str, Any]) -> dict[str, Any]:
-    """Read the image, refine the region, and return `{"rle": …}`. Raises InputError; takes a thread of its own."""
-    from pycocotools import mask as coco
-
-    if not url.startswith("data:"):
-        raise RequestError("image: expected a data URL")
-    if "mask" in data:
-        raise RegionError("region: mask: expected a box, polygon, points, scribble or rle")
-    image = load_image(url, max_pixels=_MAX_PIXELS)
-    mask = chosen().refine(image, Region.parse(data))
+    Raises InputError for what cannot be drawn, and APIError (501) where this server can refine nothing.
+    """
+    try:
+        refiner = chosen()
+    except RequestError as error:
+        raise APIError(501, str(error), code="not_available") from None
+    mask = refiner.refine(image, drawable(region, *image.shape[:2]))
     if mask.shape != image.shape[:2] or mask.dtype != np.bool_ or not mask.any():
-        raise RequestError(f"refine: the refiner gave no mask of the image's size: {mask.dtype} {list(mask.shape)}")
+        raise TypeError(f"refiner: expected a mask of booleans {list(image.shape[:2])}, got {mask.dtype} {mask.shape}")
     encoded = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"rle": {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}}

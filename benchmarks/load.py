@@ -1,0 +1,337 @@
+"""Load on a server of the tiny checkpoint: mixed requests, clients that leave early, malformed bodies.
+
+`python benchmarks/load.py` starts `garserve serve tiny`. Every whole answer is held against what the engine says
+when it is called directly, and no figures are printed where one differs, is lost or gets another status. The overhead
+is the server's time for the well-formed requests over the engine's own, called directly by as many at a time.
+"""
+
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import aiohttp
+import numpy as np
+import typer
+from machine import save
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+import garserve
+from garserve.inputs.request import RegionRequest
+
+PHOTO = Path(garserve.__file__).parent / "data" / "coffee.jpg"
+QUESTIONS = ("Where is <Prompt0> relative to <Prompt1>?", "What colour is <Prompt1>?", "Which is larger?")
+EARLY, MALFORMED = 0.10, 0.05
+DISTINCT = 60  # requests that differ; the others repeat them
+MAX_TOKENS = 48
+BROKEN = (
+    b"{",
+    b'{"messages": []}',
+    b'{"messages": [{"role": "user", "content": "no image"}]}',
+    b'{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]}',
+)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A well-formed request: its body, and what the engine is asked directly."""
+
+    body: bytes
+    request: RegionRequest
+
+
+@dataclass
+class Tally:
+    """What came back."""
+
+    first: list[float] = field(default_factory=list)  # seconds to the first token of streams
+    whole: list[float] = field(default_factory=list)  # seconds to the end
+    outcomes: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+
+
+def main(
+    requests: Annotated[int, typer.Option(help="Requests of the mixed load.")] = 2000,
+    clients: Annotated[int, typer.Option(help="Clients at a time.")] = 64,
+    overhead: Annotated[int, typer.Option(help="Requests that server and engine are compared on.")] = 256,
+    seed: int = 0,
+    save_results: Annotated[bool, typer.Option("--save", help="Write benchmarks/results/.../load.json.")] = False,
+) -> None:
+    """Run the load and print how long answers take."""
+    rng = random.Random(seed)
+    asks = _asks(rng)
+    texts, direct = _directly(asks, overhead, clients)
+    with _server() as (url, pid):
+        served = asyncio.run(_compare(url, asks, texts, overhead, clients))
+        tally, memory = asyncio.run(_mixed(url, asks, texts, requests, clients, rng, pid))
+    if tally.wrong or sum(tally.outcomes.values()) != requests:
+        raise SystemExit(f"{len(tally.wrong)} wrong of {requests} ({tally.wrong[:3]}), {tally.outcomes}: no figures")
+    figures = _figures(tally, memory, direct, served, requests, clients)
+    _show(figures)
+    if save_results:
+        conditions = "tiny, coffee.jpg in crops of 300 to 600 pixels, engine, server and clients on the same cores"
+        print(save("load", figures, conditions))
+
+
+def _asks(rng: random.Random) -> list[Ask]:
+    photo = Image.open(PHOTO).convert("RGB")
+    asks = []
+    for number in range(DISTINCT):
+        width, height = rng.randrange(300, 600), rng.randrange(250, 400)
+        crop = photo.crop((0, 0, width, height))
+        file = io.BytesIO()
+        crop.save(file, "JPEG", quality=85)
+        regions = [_region(rng, width, height) for _ in range(rng.choice((1, 2, 2, 3, 5)))]
+        question = None if len(regions) == 1 else rng.choice(QUESTIONS)
+        content: list[dict[str, Any]] = [
+            {
+                "type": "image_url",
+                "image_url": {"url": "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()},
+                "regions": regions,
+            }
+        ]
+        if question is not None:
+            content.append({"type": "text", "text": question})
+        body = {"messages": [{"role": "user", "content": content}], "max_tokens": MAX_TOKENS, "stream": number % 2 == 0}
+        request = RegionRequest(file.getvalue(), regions, question, max_tokens=MAX_TOKENS)
+        asks.append(Ask(json.dumps(body).encode(), request))
+    return asks
+
+
+def _region(rng: random.Random, width: int, height: int) -> dict[str, Any]:
+    x, y = rng.randrange(10, width - 90), rng.randrange(10, height - 90)
+    return rng.choice(
+        (
+            {"box": [x, y, x + 70, y + 60]},
+            {"points": [[x, y], [x + 30, y + 20]], "radius": 12},
+            {"polygon": [[x, y], [x + 80, y + 10], [x + 30, y + 70]]},
+            {"scribble": [[x, y], [x + 60, y + 50], [x + 20, y + 70]], "width": 9},
+            {"rle": {"size": [height, width], "counts": _runs(x, y, width, height)}},
+        )
+    )
+
+
+def _runs(x: int, y: int, width: int, height: int) -> list[int]:
+    mask = np.zeros((height, width), bool)
+    mask[y : y + 50, x : x + 40] = True
+    flat = mask.flatten(order="F")
+    edges = np.flatnonzero(np.diff(flat)) + 1
+    return [int(run) for run in np.diff([0, *edges, flat.size])]
+
+
+def _directly(asks: list[Ask], count: int, clients: int) -> tuple[list[str], float]:
+    """Return the engine's texts, and its seconds for `count` requests, `clients` at a time."""
+    with garserve.load("tiny", separate_process=True) as engine:
+        texts = [answer.text for answer in engine.describe_many([ask.request for ask in asks])]
+        work = [asks[n % len(asks)].request for n in range(count)]
+        start = time.perf_counter()
+        for _ in engine.describe_many(work, in_flight=clients):
+            pass
+        return texts, time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def _server() -> Iterator[tuple[str, int]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "garserve", "serve", "tiny", "--port", str(port)]
+    with Path(os.devnull).open("wb") as nowhere:
+        process = subprocess.Popen(command, stderr=nowhere)  # noqa: S603  (this Python, and a number)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        asyncio.run(_until_ready(url, process))
+        yield url, process.pid
+        process.send_signal(signal.SIGTERM)
+        if process.wait(90):
+            raise SystemExit("the server did not end in order: no figures")
+    finally:
+        process.kill()
+
+
+async def _until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
+    async with aiohttp.ClientSession() as session:
+        while process.poll() is None:
+            with contextlib.suppress(aiohttp.ClientError):
+                if (await session.get(f"{url}/ready")).status == 200:
+                    return
+            await asyncio.sleep(0.5)
+    raise SystemExit("the server did not start")
+
+
+async def _compare(url: str, asks: list[Ask], texts: list[str], count: int, clients: int) -> float:
+    """Return the server's seconds for what the engine did directly; its texts must be the same."""
+    tally = Tally()
+    work = [n % len(asks) for n in range(count)]
+    async with _session(clients) as session:
+        await asyncio.gather(*(_one(session, url, asks[n], texts[n], tally) for n in range(len(asks))))
+        start = time.perf_counter()
+        await _run(clients, [lambda n=n: _one(session, url, asks[n], texts[n], tally) for n in work])
+        spent = time.perf_counter() - start
+    if tally.wrong:
+        raise SystemExit(f"{len(tally.wrong)} texts differ from the engine's ({tally.wrong[0]}): no figures")
+    return spent
+
+
+async def _mixed(
+    url: str, asks: list[Ask], texts: list[str], requests: int, clients: int, rng: random.Random, pid: int
+) -> tuple[Tally, list[dict[str, float]]]:
+    """Return what came back from the mixed load, and the memory of the server's processes in its course."""
+    tally, memory = Tally(), []
+    kinds = ["early"] * int(requests * EARLY) + ["malformed"] * int(requests * MALFORMED)
+    kinds += ["whole"] * (requests - len(kinds))
+    rng.shuffle(kinds)
+    async with _session(clients) as session:
+        jobs = []
+        for number, kind in enumerate(kinds):
+            n = rng.randrange(len(asks))
+            if kind == "malformed":
+                jobs.append(lambda n=n: _malformed(session, url, BROKEN[n % len(BROKEN)], tally))
+            elif kind == "early":
+                jobs.append(lambda n=n: _early(session, url, asks[n], tally))
+            else:
+                jobs.append(lambda n=n: _one(session, url, asks[n], texts[n], tally))
+            if number % (requests // 8) == 0:
+                jobs[-1] = lambda job=jobs[-1]: _noting(job, pid, memory)
+        await _run(clients, jobs)
+        memory.append(_memory(pid))
+        await _idle(session, url)
+    return tally, memory
+
+
+async def _noting(job: Any, pid: int, memory: list[dict[str, float]]) -> None:
+    memory.append(_memory(pid))
+    await job()
+
+
+def _session(clients: int) -> aiohttp.ClientSession:
+    connector = aiohttp.TCPConnector(limit=clients)
+    return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=300))
+
+
+async def _run(clients: int, jobs: list[Any]) -> None:
+    waiting = iter(jobs)
+
+    async def client() -> None:
+        for job in waiting:
+            await job()
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+
+
+def _post(session: aiohttp.ClientSession, url: str, body: bytes) -> Any:
+    return session.post(f"{url}/v1/chat/completions", data=body, headers={"Content-Type": "application/json"})
+
+
+async def _one(session: aiohttp.ClientSession, url: str, ask: Ask, expected: str, tally: Tally) -> None:
+    start = time.perf_counter()
+    async with _post(session, url, ask.body) as response:
+        if response.status != 200:
+            tally.wrong.append(f"{response.status}: {(await response.text())[:80]}")
+        elif response.content_type == "application/json":
+            text = json.loads(await response.read())["choices"][0]["message"]["content"]
+            _compare_text(text, expected, tally)
+        else:
+            _compare_text(await _streamed(response, start, tally), expected, tally)
+    tally.whole.append(time.perf_counter() - start)
+    tally.outcomes["whole"] += 1
+
+
+async def _streamed(response: aiohttp.ClientResponse, start: float, tally: Tally) -> str:
+    text, ended, begun = "", False, False
+    async for line in response.content:
+        if line.startswith(b"data: {"):
+            piece = json.loads(line[6:])["choices"][0]["delta"].get("content") or ""
+            if piece and not begun:
+                begun = True
+                tally.first.append(time.perf_counter() - start)
+            text += piece
+        ended = ended or line.startswith(b"data: [DONE]")
+    return text if ended else "(cut off)"
+
+
+def _compare_text(text: str, expected: str, tally: Tally) -> None:
+    if text != expected:
+        tally.wrong.append(f"{text!r} for {expected!r}")
+
+
+async def _early(session: aiohttp.ClientSession, url: str, ask: Ask, tally: Tally) -> None:
+    """Go away after the first bytes of a stream, or a moment after the request where the answer is whole."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(0.2), _post(session, url, ask.body) as response:
+            await response.content.readany()
+            response.close()
+    tally.outcomes["early"] += 1
+
+
+async def _malformed(session: aiohttp.ClientSession, url: str, body: bytes, tally: Tally) -> None:
+    async with _post(session, url, body) as response:
+        if response.status != 400 or "error" not in json.loads(await response.read()):
+            tally.wrong.append(f"malformed: {response.status}")
+    tally.outcomes["malformed"] += 1
+
+
+async def _idle(session: aiohttp.ClientSession, url: str) -> None:
+    """Wait until the server has nothing in work: clients that went away leave nothing behind."""
+    for _ in range(50):
+        text = await (await session.get(f"{url}/metrics")).text()
+        if "garserve:requests 0.0" in text:
+            return
+        await asyncio.sleep(0.1)
+    raise SystemExit("requests stayed in work: no figures")
+
+
+def _memory(pid: int) -> dict[str, float]:
+    """Return MB of the API process and of its largest child, the engine."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return {"api": _resident(pid), "engine": max(_resident(int(child)) for child in children)}
+
+
+def _resident(pid: int) -> float:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1)
+
+
+def _percentiles(values: list[float]) -> dict[str, float]:
+    return {f"p{p}": round(float(np.percentile(values, p)), 3) for p in (50, 90, 99)}
+
+
+def _figures(
+    tally: Tally, memory: list[dict[str, float]], direct: float, served: float, requests: int, clients: int
+) -> dict[str, Any]:
+    return {
+        "requests": requests,
+        "clients": clients,
+        "outcomes": dict(tally.outcomes),
+        "seconds to the first token": _percentiles(tally.first),
+        "seconds to the end": _percentiles(tally.whole),
+        "server over engine": round(served / direct, 3),
+        "memory of the API process, MB": [sample["api"] for sample in memory],
+        "memory of the engine, MB": [sample["engine"] for sample in memory],
+    }
+
+
+def _show(figures: dict[str, Any]) -> None:
+    table = Table("figure", "value")
+    for name, value in figures.items():
+        table.add_row(name, json.dumps(value))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,56 @@
+"""How many requests may be in work, and whether new ones are taken at all."""
+
+import asyncio
+
+from garserve.serving import metrics
+from garserve.serving.errors import APIError
+
+RETRY_SECONDS = 1
+
+
+class Admission:
+    """Counts requests in work; belongs to one event loop."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.in_work = 0
+        self.closed: str | None = None  # why no more are taken
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def enter(self) -> None:
+        """Count a request in. Raises a 503 when the server is going down, a 429 when enough are in work."""
+        if self.closed is not None:
+            metrics.rejected.labels("closed").inc()
+            headers = {"Retry-After": str(RETRY_SECONDS)}
+            raise APIError(503, f"not taken: {self.closed}", code="unavailable", headers=headers)
+        if self.in_work >= self.limit:
+            metrics.rejected.labels("queue").inc()
+            raise APIError(
+                429,
+                f"{self.in_work} requests are in work or waiting, the most that are taken; try again",
+                code="queue_full",
+                headers={"Retry-After": str(RETRY_SECONDS)},
+            )
+        self.in_work += 1
+        metrics.requests.inc()
+        self._idle.clear()
+
+    def leave(self) -> None:
+        """Count a request out."""
+        self.in_work -= 1
+        metrics.requests.dec()
+        if self.in_work == 0:
+            self._idle.set()
+
+    def close(self, reason: str) -> None:
+        """Take no more requests; the first reason stays."""
+        self.closed = self.closed or reason
+
+    async def idle(self, seconds: float) -> bool:
+        """Wait until nothing is in work, at most so long, and return whether it came to that."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), seconds)
+        except TimeoutError:
+            return False
+        return True

@@ -1,0 +1,120 @@
+"""From a request's body to an answer: reading it, giving up when the client does, and ending in time."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from vllm.exceptions import GenerationError, VLLMClientError
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from garserve.errors import InputError
+from garserve.serving import metrics
+from garserve.serving.errors import APIError, engine_dead, from_input, from_validation, internal
+from garserve.serving.logs import logger
+from garserve.serving.service import note, request_id
+
+_T = TypeVar("_T")
+_Model = TypeVar("_Model", bound=BaseModel)
+
+DONE = "data: [DONE]\n\n"
+
+
+async def read_body(request: Request, model: type[_Model]) -> _Model:
+    """Return the JSON body as a model. Raises APIError: 415 for another type, 400 for what the model refuses."""
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise APIError(415, f"content-type: expected application/json, got {kind!r:.60}", code="content_type")
+    body = await request.body()
+    try:
+        return await asyncio.to_thread(model.model_validate_json, body)
+    except ValidationError as error:
+        raise from_validation(error) from None
+
+
+def as_api_error(error: Exception, request: Request) -> APIError:
+    """Return any exception of a request's work as the answer that it gets; the log has what the client may not see."""
+    if isinstance(error, APIError):
+        return error
+    if isinstance(error, InputError):
+        return from_input(error)
+    if isinstance(error, GenerationError | EngineDeadError):
+        status = getattr(error, "status_code", 503)
+        return engine_dead() if int(status) == 503 else internal()
+    if isinstance(error, VLLMClientError):
+        return APIError(400, str(error).splitlines()[0][:300], param=getattr(error, "parameter", None))
+    logger.error("request failed", exc_info=error, extra={"fields": {"request_id": request_id(request)}})
+    return internal()
+
+
+async def attended(request: Request, work: Coroutine[Any, Any, _T], seconds: float) -> _T:
+    """Wait for work while the client does. Raises APIError: 499 when it has gone, 504 when the time is over.
+
+    The body must have been read. The work is cancelled in both cases, and its end awaited.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait({task, gone}, timeout=seconds or None, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        if gone.done():
+            metrics.disconnected.inc()
+            note(request, disconnected=True)
+            raise APIError(499, "the client has gone", code="disconnected")
+        raise timed_out(seconds)
+    finally:
+        gone.cancel()
+        if not task.done():
+            task.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+def timed_out(seconds: float) -> APIError:
+    """A 504 for an answer that was not there in time."""
+    return APIError(504, f"no answer within {seconds:g} seconds", code="timeout")
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def event(data: Any) -> str:
+    """Return one server-sent event."""
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def stream_response(request: Request, events: AsyncIterator[str], seconds: float) -> StreamingResponse:
+    """Answer with events; an error on the way is the last one before [DONE], since the status has been sent."""
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(_guarded(request, events, seconds), media_type="text/event-stream", headers=headers)
+
+
+async def _guarded(request: Request, events: Any, seconds: float) -> AsyncIterator[str]:
+    deadline = asyncio.get_running_loop().time() + seconds if seconds else None
+    try:
+        async with aclosing(events) as source:
+            while True:
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        piece = await anext(source)
+                except StopAsyncIteration:
+                    return
+                except TimeoutError:
+                    yield event(timed_out(seconds).body())
+                    yield DONE
+                    return
+                except Exception as error:  # whatever it was, the client is told, and the log knows
+                    yield event(as_api_error(error, request).body())
+                    yield DONE
+                    return
+                yield piece
+    except (asyncio.CancelledError, GeneratorExit):
+        metrics.disconnected.inc()
+        note(request, disconnected=True)
+        raise

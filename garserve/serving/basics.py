@@ -1,0 +1,35 @@
+"""/health, /ready and /v1/models: what asks nothing of the engine."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from garserve.serving.routes import Route
+from garserve.serving.service import service
+
+router = APIRouter(route_class=Route)
+_UNWELL: dict[int | str, dict[str, Any]] = {503: {"description": "No requests should come."}}
+
+
+@router.get("/health", responses=_UNWELL)
+async def health(request: Request) -> Response:
+    """200 while the server and its engine live; 503 when the engine has stopped."""
+    alive, _ = request.app.state.garserve_lifecycle.state_of_health()
+    return JSONResponse({"status": "ok" if alive else "the engine has stopped"}, 200 if alive else 503)
+
+
+@router.get("/ready", responses=_UNWELL)
+async def ready(request: Request) -> Response:
+    """200 when requests should come; 503 with the reason while warming up, going down, or without an engine."""
+    _, reason = request.app.state.garserve_lifecycle.state_of_health()
+    return JSONResponse({"ready": reason is None, "reason": reason}, 200 if reason is None else 503)
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> Response:
+    """List what is served, in OpenAI's form; vLLM's own list names the folder on the server's disk."""
+    own = service(request)
+    entry = {"object": "model", "created": own.started, "owned_by": "garserve", "max_model_len": own.max_model_len}
+    entry["prompts"] = own.prompt_count  # regions that one question can name
+    return JSONResponse({"object": "list", "data": [{"id": name, **entry} for name in own.model_names]})

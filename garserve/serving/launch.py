@@ -1,0 +1,125 @@
+"""`garserve serve`: vLLM's own server with garserve's choices of arguments and the endpoint plugin in it."""
+
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from garserve.checkpoint import Checkpoint
+from garserve.errors import GarserveError, RequestError
+from garserve.export.choice import choose_vision
+from garserve.model.tile_cache import DEFAULT_GB, TileCache
+from garserve.serving.settings import KEY_VARIABLES, Settings
+from garserve.vllm_plugin.arguments import engine_arguments, engine_environment, quiet
+
+PLUGIN = "garserve"
+ENGINE_LOST = 1
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What is served, and where."""
+
+    checkpoint: str
+    settings: Settings
+    host: str = "127.0.0.1"
+    port: int = 8000
+    model_name: str | None = None
+    api_workers: int = 1
+    max_num_tiles: int | None = None
+    box_scale: Any = None
+    tile_cache_gb: float | None = None
+    vision_backend: str | None = None
+    vision_model: str | Path | None = None
+    engine_options: dict[str, Any] = field(default_factory=dict)
+    vllm_arguments: Sequence[str] = ()
+    verbose: bool = False
+
+
+def serve(launch: Launch) -> int:
+    """Serve until told to stop, and return the exit code: 0 after an orderly end, 1 when the engine was lost.
+
+    Raises CheckpointError, RequestError or GarserveError where it cannot start.
+    """
+    opened = Checkpoint.open(launch.checkpoint)
+    if launch.box_scale is not None:
+        opened = replace(opened, config=opened.config.with_box_scale(launch.box_scale))
+    vision = choose_vision(opened, launch.vision_backend, launch.vision_model)
+    quiet(verbose=launch.verbose)
+    _prepare_environment()
+    arguments = _arguments(launch, opened, vision)
+    ranks = arguments.tensor_parallel_size * arguments.pipeline_parallel_size
+    with engine_environment(ranks * arguments.data_parallel_size, separate_process=True):
+        return _run(arguments)
+
+
+def _prepare_environment() -> None:
+    named = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's own command does
+    os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*named, PLUGIN]))
+    for name in KEY_VARIABLES:  # garserve's gate has them; vLLM's own would refuse in another shape
+        os.environ.pop(name, None)
+
+
+def _arguments(launch: Launch, opened: Checkpoint, vision: Any) -> Namespace:
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    try:
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    except ImportError:  # where 0.33 has them
+        from vllm.entrypoints.common.cli_args import make_arg_parser, validate_parsed_serve_args
+    options = dict(launch.engine_options)
+    if launch.max_num_tiles is not None:
+        options["mm_processor_kwargs"] = {"max_num_tiles": launch.max_num_tiles}
+    gigabytes = TileCache(DEFAULT_GB if launch.tile_cache_gb is None else launch.tile_cache_gb).gigabytes
+    chosen = engine_arguments(
+        opened.folder, opened.config, options, in_process=False, tile_cache_gb=gigabytes, vision=vision
+    )
+    chosen |= {
+        "disable_log_stats": False,  # the metrics
+        "mm_processor_cache_gb": 0,  # items are made by garserve's own processor, not by vLLM's
+        "generation_config": "vllm",  # what a request does not say is garserve's choice, not a file's
+        "host": launch.host,
+        "port": launch.port,
+        "served_model_name": [launch.model_name or Path(launch.checkpoint).name],
+        "api_server_count": launch.api_workers,
+        "shutdown_timeout": int(launch.settings.drain_seconds),
+        "disable_uvicorn_access_log": True,
+        "uvicorn_log_level": "info" if launch.verbose else "warning",
+        **options,
+    }
+    parser = make_arg_parser(FlexibleArgumentParser(prog="garserve serve CHECKPOINT --"))
+    parser.set_defaults(**chosen)
+    arguments = parser.parse_args(list(launch.vllm_arguments))
+    if arguments.api_key:
+        raise RequestError("--api-key: give it to garserve serve itself, before the --")
+    arguments.garserve = launch.settings
+    validate_parsed_serve_args(arguments)
+    return arguments
+
+
+def _run(arguments: Namespace) -> int:
+    import uvloop
+    from vllm.entrypoints.launchers.api_server.entry import run_server
+
+    from garserve.serving import lifecycle
+
+    try:
+        if (arguments.api_server_count or 1) > 1:
+            from vllm.entrypoints.cli.serve import run_multi_api_server
+
+            arguments.headless = False
+            run_multi_api_server(arguments)
+        else:
+            arguments.api_server_count = None
+            uvloop.run(run_server(arguments))
+    except KeyboardInterrupt:
+        return 130
+    except GarserveError:
+        raise
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise GarserveError(f"vLLM did not serve ({type(error).__name__}: {first})") from error
+    return ENGINE_LOST if lifecycle.engine_lost else 0

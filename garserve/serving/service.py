@@ -1,0 +1,70 @@
+"""What the routes share: settings, preparation, the engine, and the state of the server's life."""
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from starlette.requests import Request
+
+from garserve.serving.admission import Admission
+from garserve.serving.decoding import RegionEngineClient
+from garserve.serving.errors import APIError
+from garserve.serving.preparation import Preparer
+from garserve.serving.settings import Settings
+
+if TYPE_CHECKING:
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+
+
+@dataclass
+class Service:
+    """One API process's own; found at `app.state.garserve`."""
+
+    settings: Settings
+    admission: Admission
+    preparer: Preparer
+    engine: RegionEngineClient
+    chat: "OpenAIServingChat"
+    stop_id: int
+    model_names: list[str]
+    max_model_len: int
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def prompt_count(self) -> int:
+        """How many regions one prompt takes."""
+        return self.preparer.processor.config.prompt_count
+
+    def check_model(self, name: str | None) -> None:
+        """Raise a 404 for a model that is not served here."""
+        if name is not None and name not in self.model_names:
+            served = ", ".join(self.model_names)
+            raise APIError(
+                404, f"model: {name!r:.80} is not served here; {served} is", code="model_not_found", param="model"
+            )
+
+    def check_length(self, tokens: int) -> None:
+        """Raise a 400 for a prompt that leaves no room for an answer."""
+        if tokens >= self.max_model_len:
+            raise APIError(
+                400,
+                f"messages: {tokens} tokens with the image; expected fewer than {self.max_model_len}",
+                code="context_length_exceeded",
+                param="messages",
+            )
+
+
+def service(request: Request) -> Service:
+    """Return the service of the app that a request came to."""
+    found: Service = request.app.state.garserve
+    return found
+
+
+def note(request: Request, **facts: Any) -> None:
+    """Add facts to the request's line in the log."""
+    request.scope.setdefault("garserve.facts", {}).update(facts)
+
+
+def request_id(request: Request) -> str:
+    """Return the id under which the request is logged."""
+    return str(request.scope.get("garserve.request_id", "none"))

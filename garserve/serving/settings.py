@@ -1,0 +1,67 @@
+"""What an operator decides: who may ask, how much, and how long (everything picklable, for several API processes)."""
+
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from garserve.errors import RequestError
+
+KEY_VARIABLES = ("GARSERVE_API_KEY", "VLLM_API_KEY")
+_PREFIX = "GARSERVE_SERVE_"
+_MIB = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Limits and permissions of a server. A limit counts for each API process."""
+
+    api_keys: tuple[str, ...] = ()
+    max_body_bytes: int = 32 * _MIB
+    max_image_bytes: int = 20 * _MIB
+    max_pixels: int = 50_000_000
+    max_regions: int = 256  # of a description; a chat takes as many as the checkpoint has prompts
+    max_points: int = 10_000  # of one region: vertices of polygons, points, runs of an RLE are 32 times as many
+    max_queue: int = 256  # requests in work or waiting
+    max_text: int = 100_000  # characters of all messages together
+    body_seconds: float = 30.0  # for a body to arrive
+    fetch_seconds: float = 10.0  # for an image to be fetched
+    request_seconds: float = 300.0  # for an answer; 0 is no limit
+    drain_seconds: float = 60.0  # for what runs when SIGTERM comes
+    image_hosts: tuple[str, ...] = ()  # hosts of http(s) images; none: nothing is fetched
+    image_folder: Path | None = None  # file:// images; None: none
+    prepare_threads: int = 0  # 0: half of the cores, 2 to 8
+    describe_in_flight: int = 16  # regions of one description in the engine at a time
+    log_format: str = "json"
+
+    @classmethod
+    def from_environment(cls) -> "Settings":
+        """Return the defaults, changed by GARSERVE_SERVE_<FIELD> variables: for a plain `vllm serve`.
+
+        Raises RequestError for a value that its field cannot take.
+        """
+        chosen: dict[str, Any] = {}
+        for field in fields(cls):
+            text = os.environ.get(_PREFIX + field.name.upper())
+            if text is not None:
+                chosen[field.name] = _read(field.name, text, field.default)
+        if "api_keys" not in chosen:
+            chosen["api_keys"] = keys_of_environment()
+        return cls(**chosen)
+
+
+def keys_of_environment() -> tuple[str, ...]:
+    """Return the API keys of the environment, where a process list does not show them."""
+    return tuple(os.environ[name] for name in KEY_VARIABLES if os.environ.get(name))
+
+
+def _read(name: str, text: str, default: Any) -> Any:
+    if name in ("api_keys", "image_hosts"):
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    if name == "image_folder":
+        return Path(text)
+    kind = type(default)
+    try:
+        return kind(text)
+    except ValueError:
+        raise RequestError(f"{_PREFIX}{name.upper()}: expected {kind.__name__}, got {text!r:.80}") from None

@@ -1,0 +1,257 @@
+"""Running it: keys, limits, cancelling, metrics, logs, replicas, API processes, draining, and losing the engine."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from garserve.engine import Engine
+from tests.conftest import PHOTO
+from tests.served import QUESTION, REGIONS, Served, chat_body, data_url, events, served
+
+pytest.importorskip("vllm", reason="vLLM is not installed (pip install garserve[cpu] or garserve[gpu])")
+pytestmark = pytest.mark.vllm
+
+KEY = {"Authorization": "Bearer second-key"}
+CHAT, DESCRIBE = "/v1/chat/completions", "/v1/regions/describe"
+IMAGE = data_url()
+
+
+def many(count: int = 250, **fields: Any) -> dict[str, Any]:
+    """A request that keeps the engine busy for seconds: boxes that are all different, and long answers."""
+    boxes = [{"box": [n, n % 300, n + 40, n % 300 + 40]} for n in range(count)]
+    return {"image": IMAGE, "regions": boxes, "max_tokens": 300, "temperature": 1.5, "seed": 1, **fields}
+
+
+def value(server: Served, name: str) -> float:
+    """The sum of a metric's samples."""
+    text = server.http.get("/metrics", headers=KEY).text
+    found = re.findall(rf"^{name}(?:{{.*}})? ([0-9.e+-]+)$", text, re.M)
+    assert found, f"no {name} in\n{text[:2000]}"
+    return sum(map(float, found))
+
+
+def until(true: Callable[[], bool], seconds: float) -> float:
+    start = time.monotonic()
+    while not true():
+        assert time.monotonic() - start < seconds, "not within the bound"
+        time.sleep(0.02)
+    return time.monotonic() - start
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server with small limits that needs a key; the last test kills its engine."""
+    folder = tmp_path_factory.mktemp("small")
+    keys = folder / "keys"
+    keys.write_text("first-key\nsecond-key\n")
+    options = ["--api-key-file", str(keys), "--max-queue", "3", "--request-seconds", "6"]
+    with served(folder, *options) as running:
+        yield running
+
+
+def test_keys(small: Served) -> None:
+    for given in (None, "Bearer no", "second-key", "Basic second-key"):
+        headers = {} if given is None else {"Authorization": given}
+        for method, path in (("POST", CHAT), ("POST", DESCRIBE), ("GET", "/v1/models"), ("GET", "/metrics")):
+            answer = small.http.request(method, path, headers=headers)
+            assert answer.status_code == 401
+            assert answer.json()["error"]["code"] == "invalid_api_key"
+    for key in ("first-key", "second-key"):
+        assert small.http.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+    for path in ("/", "/page/index.html", "/health", "/ready", "/openapi.json"):
+        assert small.http.get(path).status_code == 200
+    assert small.http.get("/openapi.json").json()["security"] == [{"key": []}]
+
+
+def test_request_ids_in_answers_and_in_the_log(small: Served) -> None:
+    answer = small.http.post(CHAT, json=chat_body(max_tokens=3), headers={**KEY, "X-Request-Id": "mine-1"})
+    assert answer.headers["x-request-id"] == "mine-1"
+    until(lambda: any(line.get("request_id") == "mine-1" for line in small.lines()), 2)
+    line = next(line for line in small.lines() if line.get("request_id") == "mine-1")
+    expected = {"event": "request", "status": 200, "path": CHAT, "method": "POST", "regions": 2, "completion_tokens": 3}
+    assert expected.items() <= line.items()
+    assert line["prompt_tokens"] == answer.json()["usage"]["prompt_tokens"]
+    assert line["ms"] > 0
+    strange = small.http.get("/v1/models", headers={**KEY, "X-Request-Id": "a b\x7f"})
+    assert re.fullmatch("[0-9a-f]{32}", strange.headers["x-request-id"])
+    assert any(line["event"] == "ready" for line in small.lines())
+    assert "second-key" not in small.log.read_text()
+
+
+def test_metrics(small: Served) -> None:
+    before = value(small, "garserve:regions_total")
+    small.http.post(CHAT, json=chat_body(max_tokens=2), headers=KEY)
+    small.http.post(DESCRIBE, json={**many(3), "max_tokens": 2}, headers=KEY)
+    assert value(small, "garserve:regions_total") == before + 5
+    assert value(small, "garserve:preprocess_seconds_count") > 0
+    assert value(small, "vllm:prompt_tokens_total") > 0
+    assert value(small, "garserve:queue") == 0
+    until(lambda: value(small, "garserve:tiles_reused") > 0, 8)
+    requested, computed = value(small, "garserve:tiles_requested"), value(small, "garserve:tiles_computed")
+    assert requested > computed > 0
+    assert value(small, "garserve:tiles_reused") == requested - computed
+
+
+def open_stream(server: Served, stack: contextlib.ExitStack, **fields: Any) -> Iterator[str]:
+    """Start a stream and wait for its first event."""
+    response = stack.enter_context(server.http.stream("POST", DESCRIBE, json=many(stream=True, **fields), headers=KEY))
+    assert response.status_code == 200
+    lines = response.iter_lines()
+    next(lines)
+    return lines
+
+
+def test_a_full_queue_is_429_and_clients_that_go_away_make_room(small: Served) -> None:
+    gone = value(small, "garserve:disconnected_total")
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            open_stream(small, stack)
+        refused = small.http.post(CHAT, json=chat_body(), headers=KEY)
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["code"] == "queue_full"
+        assert small.http.get("/health").status_code == 200
+        assert value(small, "vllm:num_requests_running") > 0
+    until(lambda: value(small, "garserve:requests") == 0, 3)
+    until(lambda: value(small, "vllm:num_requests_running") + value(small, "vllm:num_requests_waiting") == 0, 3)
+    assert value(small, "garserve:disconnected_total") == gone + 3
+    assert small.http.post(CHAT, json=chat_body(max_tokens=1), headers=KEY).status_code == 200
+
+
+@pytest.mark.parametrize("body", [many(), chat_body(None, [REGIONS[0]], temperature=2.0, seed=5, max_tokens=1500)])
+def test_a_client_that_goes_away_before_a_whole_answer_ends_the_work(small: Served, body: dict[str, Any]) -> None:
+    path = DESCRIBE if "image" in body else CHAT
+    with pytest.raises(httpx.ReadTimeout):
+        small.http.post(path, json=body, headers=KEY, timeout=httpx.Timeout(60, read=0.3))
+    until(lambda: value(small, "garserve:requests") == 0, 3)
+    until(lambda: value(small, "vllm:num_requests_running") + value(small, "vllm:num_requests_waiting") == 0, 3)
+
+
+def test_an_answer_that_takes_too_long(small: Served) -> None:
+    start = time.monotonic()
+    answer = small.http.post(DESCRIBE, json=many(), headers=KEY)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout"), answer.text[:200]
+    assert 6 <= time.monotonic() - start < 9
+    with small.http.stream("POST", DESCRIBE, json=many(stream=True), headers=KEY) as response:
+        pieces = events(response)
+    assert pieces[-2]["error"]["code"] == "timeout"
+    assert pieces[-1] == "[DONE]"
+    until(lambda: value(small, "vllm:num_requests_running") + value(small, "vllm:num_requests_waiting") == 0, 3)
+
+
+class Balancer:
+    """One address over several servers, a connection to each in turn; a server that is gone is passed over."""
+
+    def __init__(self, ports: list[int]) -> None:
+        self._ports, self._turn, self.used = ports, 0, set[int]()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        for _ in self._ports:
+            self._turn += 1
+            port = self._ports[self._turn % len(self._ports)]
+            with contextlib.suppress(OSError):
+                server = socket.create_connection(("127.0.0.1", port))
+                self.used.add(port)
+                threading.Thread(target=_copy, args=(server, client), daemon=True).start()
+                return _copy(client, server)
+        return client.close()
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+def _copy(source: socket.socket, target: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+    with contextlib.suppress(OSError):
+        target.shutdown(socket.SHUT_WR)
+
+
+def asked(url: str) -> str:
+    answer = httpx.post(f"{url}{CHAT}", json=chat_body(), headers=KEY, timeout=60)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["choices"][0]["message"]["content"])
+
+
+def test_two_replicas_behind_one_address(server: Served, small: Served, tiny_reference: Engine) -> None:
+    expected = tiny_reference.ask(PHOTO, REGIONS, QUESTION, max_tokens=64).text
+    with contextlib.closing(Balancer([server.port, small.port])) as balancer:
+        assert [asked(balancer.url) for _ in range(6)] == [expected] * 6
+        assert balancer.used == {server.port, small.port}
+
+
+def test_several_api_processes_over_one_engine_drain_in_order(
+    tmp_path_factory: pytest.TempPathFactory, tiny_reference: Engine
+) -> None:
+    """Both processes answer; after SIGTERM, a stream in work comes to its end, new requests do not begin."""
+    expected = tiny_reference.ask(PHOTO, REGIONS, QUESTION, max_tokens=64).text
+    with served(tmp_path_factory.mktemp("workers"), "--api-workers", "2", "--drain-seconds", "30") as running:
+        with ThreadPoolExecutor(8) as pool:
+            assert set(pool.map(asked, [running.url] * 16)) == {expected}
+        assert len({line["pid"] for line in running.lines() if line["event"] == "request"}) == 2
+        assert value(running, "garserve:regions_total") == 32
+        with contextlib.ExitStack() as stack:
+            streams = [open_stream(running, stack, count=30) for _ in range(2)]
+            running.process.send_signal(signal.SIGTERM)
+            until(lambda: _refuses(running), 5)
+            for lines in streams:
+                found = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+                assert sum("text" in piece for piece in found) == 30
+        assert running.process.wait(30) == 0, running.log.read_text()[-3000:]
+        drained = [line for line in running.lines() if line["event"] == "drained"]
+        assert [line["finished"] for line in drained] == [True, True]
+
+
+def _refuses(server: Served) -> bool:
+    """Whether a new request is refused, by 503 or because nobody listens any more."""
+    try:
+        answer = httpx.post(server.url + CHAT, json=chat_body(max_tokens=1), headers=KEY, timeout=10)
+    except httpx.TransportError:
+        return True
+    return answer.status_code == 503 and answer.json()["error"]["code"] == "unavailable"
+
+
+def test_a_killed_engine_is_told_to_those_who_wait_and_the_server_ends(small: Served) -> None:
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as pool:
+        lines = open_stream(small, stack)
+        waiting = pool.submit(lambda: httpx.post(small.url + DESCRIBE, json=many(), headers=KEY, timeout=60))
+        until(lambda: value(small, "garserve:requests") == 2, 3)
+        killed = time.monotonic()
+        os.kill(small.engine_pid(), signal.SIGKILL)
+        until(lambda: not _ready(small), 2)
+        pieces = [line[6:] for line in lines if line.startswith("data: ")]
+        assert json.loads(pieces[-2])["error"]["code"] == "engine_dead"
+        assert pieces[-1] == "[DONE]"
+        answer = waiting.result(10)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
+        assert small.process.wait(10) == 1
+        assert time.monotonic() - killed < 10
+    assert any(line["event"] == "engine lost" for line in small.lines())
+
+
+def _ready(server: Served) -> bool:
+    try:
+        return httpx.get(f"{server.url}/ready", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
