@@ -14,15 +14,14 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from garserve.serving import page_routes, refine
-from garserve.serving.preparation import Preparer
-from garserve.serving.settings import Settings
-
 
 def make_app(seen: list[dict[str, Any]], pace: float = 0.0) -> FastAPI:
     """Return an app that appends every body it gets to `seen`; `pace` seconds go by between two words."""
-    app = FastAPI()
-    settings = Settings()
+    from garserve.serving import page_routes, refine
+    from garserve.serving.preparation import Preparer
+    from garserve.serving.settings import Settings
+
+    app, settings = FastAPI(), Settings()
     app.state.garserve = SimpleNamespace(settings=settings, preparer=Preparer(None, settings))  # no engine, no prompts
     app.include_router(page_routes.router)
     app.include_router(refine.router)

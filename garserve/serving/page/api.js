@@ -1,7 +1,7 @@
 // The server's API, at the place the page came from.
 
-/** What went wrong, in a sentence for a person; `status` is HTTP's, 0 where no answer came. */
-export class ApiError extends Error {
+// What went wrong, in a sentence for a person; `status` is HTTP's, 0 where no answer came.
+class ApiError extends Error {
   constructor(message, status = 0) {
     super(message);
     this.status = status;

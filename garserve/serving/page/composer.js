@@ -34,7 +34,8 @@ export class Composer {
 
   ideas({ regions }) {
     const fitting = IDEAS[Math.min(regions.length, 2)] ?? [];
-    $("ideas").replaceChildren(...fitting.map((text) => make("button", { type: "button", onclick: () => this.take(text) }, ...coloured(text))));
+    const button = (text) => make("button", { type: "button", onclick: () => this.take(text) }, ...coloured(text));
+    $("ideas").replaceChildren(...fitting.map(button));
   }
 
   buttons({ regions, picture, busy }) {
@@ -43,7 +44,8 @@ export class Composer {
     $("send").dataset.busy = busy;
     $("send-label").textContent = busy ? "Stop" : going ? "Ask on" : "Ask";
     $("fresh").hidden = !going || busy;
-    this.field.placeholder = ready ? (going ? "Ask on about the same regions …" : "Ask about the regions …") : "Mark a region first, then ask about it …";
+    const hint = going ? "Ask on about the same regions …" : "Ask about the regions …";
+    this.field.placeholder = ready ? hint : "Mark a region first, then ask about it …";
   }
 
   /** Put a name in at the caret, with spaces where they are missing. */
@@ -62,7 +64,8 @@ export class Composer {
   // As if typed, so that the field's own undo knows of it.
   write(text) {
     this.field.focus();
-    if (!document.execCommand("insertText", false, text)) this.field.setRangeText(text, this.field.selectionStart, this.field.selectionEnd, "end");
+    const { field } = this;
+    if (!document.execCommand("insertText", false, text)) field.setRangeText(text, field.selectionStart, field.selectionEnd, "end");
     this.colour();
   }
 
@@ -92,7 +95,10 @@ export class Composer {
     if (!picture || !regions.length) return void this.fail("Mark at least one region of the picture first.");
     if (!question) return void this.field.focus();
     const missing = named(question).filter((position) => position >= regions.length);
-    if (missing.length) return void this.fail(`${nameOf(missing[0])} is not marked on the picture; ${regions.map((_, i) => nameOf(i)).join(", ")} ${regions.length > 1 ? "are" : "is"}.`);
+    if (missing.length) {
+      const marked = regions.map((_, i) => nameOf(i)).join(", ");
+      return void this.fail(`${nameOf(missing[0])} is not marked on the picture; ${marked} ${regions.length > 1 ? "are" : "is"}.`);
+    }
     this.field.value = "";
     this.colour();
     const { state, text } = await this.talk.ask(question);

@@ -80,10 +80,6 @@ export class Editing {
     this.tell(`Region ${position} deleted; ${regions.length - 1} left.`);
   }
 
-  clear() {
-    if (this.state.regions.length) this.commit([], -1);
-  }
-
   undo() { this.step("undo"); }
 
   redo() { this.step("redo"); }
@@ -115,8 +111,8 @@ export class Editing {
   }
 }
 
-/** A region in words. */
-export function described(region) {
+// A region in words.
+function described(region) {
   const [x1, y1, x2, y2] = bounds(region).map(Math.round);
   return `${kindOf(region)}, ${x2 - x1} by ${y2 - y1} pixels, at ${x1}, ${y1}`;
 }

@@ -28,16 +28,16 @@ export function finished(gesture, least) {
   if (!region || gesture.tool === "point") return region;
   const spread = (k) => Math.max(...gesture.way.map((point) => point[k])) - Math.min(...gesture.way.map((point) => point[k]));
   const [wide, high] = [spread(0), spread(1)];
-  const meant = gesture.tool === "scribble" ? Math.max(wide, high) >= least : Math.min(wide, high) >= Math.min(least, 2) && Math.max(wide, high) >= least;
-  if (!meant) return null;
+  const flat = gesture.tool !== "scribble" && Math.min(wide, high) < Math.min(least, 2);
+  if (flat || Math.max(wide, high) < least) return null;
   const { shape } = region;
   if (shape.polygon) return { shape: { polygon: simplified(shape.polygon, least / 4) } };
   if (shape.scribble) return { shape: { scribble: simplified(shape.scribble, least / 4), width: shape.width } };
   return region;
 }
 
-/** Fewer points whose line stays within `tolerance` of the drawn one (Douglas and Peucker's way). */
-export function simplified(points, tolerance) {
+// Fewer points whose line stays within `tolerance` of the drawn one (Douglas and Peucker's way).
+function simplified(points, tolerance) {
   let kept = thinned(points, tolerance);
   while (kept.length > MOST_POINTS) kept = thinned(kept, (tolerance *= 2));
   return kept.length > 2 ? kept : points;

@@ -1,6 +1,9 @@
 // The list of regions beside the picture, and the tools above it.
 import { $, badge, iconButton, make } from "./elements.js";
+import { nameOf } from "./names.js";
 import { bounds, kindOf } from "./regions.js";
+
+const words = (className, textContent) => make("span", { className, textContent });
 
 export class Panel {
   constructor(store, { editing, talk, light, stage }) {
@@ -39,11 +42,13 @@ export class Panel {
     const choose = make("button", {
       type: "button", className: "choose", aria: { pressed: position === selected },
       onclick: () => this.store.set({ selected: position === this.store.state.selected ? -1 : position }),
-    }, badge(position), make("span", { className: "kind", textContent: kindOf(region) }), make("span", { className: "size", textContent: `${x2 - x1} × ${y2 - y1}` }));
+    }, badge(position), words("kind", kindOf(region)), words("size", `${x2 - x1} × ${y2 - y1}`));
     const busy = refining === region;
-    const refine = iconButton(busy ? "wait" : "refine", `Refine <Prompt${position}> to the object's outline`, () => this.editing.refine(position));
+    const name = nameOf(position);
+    const refine = iconButton(busy ? "wait" : "refine", `Refine ${name} to the object's outline`, () => this.editing.refine(position));
     refine.disabled = Boolean(refining) || Boolean(region.rle);
-    const item = make("li", { data: { region: position } }, choose, refine, iconButton("delete", `Delete <Prompt${position}>`, () => this.editing.remove(position)));
+    const gone = iconButton("delete", `Delete ${name}`, () => this.editing.remove(position));
+    const item = make("li", { data: { region: position } }, choose, refine, gone);
     item.classList.toggle("chosen", position === selected);
     item.classList.toggle("busy", busy);
     item.onpointerenter = () => this.light(position);
@@ -62,7 +67,8 @@ export class Panel {
     }
     document.body.dataset.state = picture ? "ready" : "empty";
     if (picture) $("canvas").parentElement.style.setProperty("--shape", picture.width / picture.height);
-    if (picture) $("about-picture").textContent = [picture.name, `${picture.width} × ${picture.height}`, picture.changed].filter(Boolean).join(" · ");
+    const about = picture ? [picture.name, `${picture.width} × ${picture.height}`, picture.changed] : [];
+    $("about-picture").textContent = about.filter(Boolean).join(" · ");
   }
 
   buttons({ regions, picture, busy }) {

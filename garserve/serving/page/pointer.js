@@ -39,8 +39,9 @@ export class Pointer {
 
   hover(event) {
     const grip = this.gripAt(this.stage.toPicture(event), REACH[event.pointerType] ?? 9);
-    const cursor = grip ? (grip.corner === undefined ? "move" : grip.corner % 2 ? "nesw-resize" : "nwse-resize") : this.state.tool === "move" ? "default" : "crosshair";
-    this.stage.canvas.style.cursor = cursor;
+    const free = this.state.tool === "move" ? "default" : "crosshair";
+    const held = grip?.corner === undefined ? "move" : ["nwse-resize", "nesw-resize"][grip.corner % 2];
+    this.stage.canvas.style.cursor = grip ? held : free;
   }
 
   wheel(event) {
@@ -70,7 +71,7 @@ export class Pointer {
       this.active = { ...grip, from: point, region: regions[grip.position], result: null };
     } else if (tool === "move") this.store.set({ selected: -1 });
     else if (tool === "point" && joining && regions[selected]?.shape.points) this.join(point);
-    else this.active = { gesture: begin(tool, point, this.state.brush ?? brush, picture), from: point };
+    else this.active = { gesture: begin(tool, point, brush, picture), from: point };
     this.preview();
   }
 

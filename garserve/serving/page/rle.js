@@ -1,7 +1,7 @@
 // COCO's compressed run-length encoding: how refined masks come from the server.
 
-/** Runs of pixels, column by column, the first one outside: from the text of `counts`, or the list itself. */
-export function runs(counts) {
+// Runs of pixels, column by column, the first one outside: from the text of `counts`, or the list itself.
+function runs(counts) {
   if (Array.isArray(counts)) return counts;
   const found = [];
   let value = 0, shift = 0;

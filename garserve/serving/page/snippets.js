@@ -69,12 +69,12 @@ function written(data, indent, text) {
   if (typeof data === "string" || data === PICTURE) return text(data);
   if (typeof data !== "object") return String(data);
   const list = Array.isArray(data);
-  const line = list ? `[${data.map((item) => written(item, indent, text)).join(", ")}]` : `{${Object.entries(data).map(([name, item]) => `${JSON.stringify(name)}: ${written(item, indent, text)}`).join(", ")}}`;
-  if (line.length <= LINE && !line.includes("\n")) return line;
   if (list && data.flat().every((item) => typeof item === "number")) return JSON.stringify(data).replaceAll(",", ", ");
-  const deeper = `${indent}  `;
-  const lines = Object.entries(data).map(([name, item]) => deeper + (list ? "" : `${JSON.stringify(name)}: `) + written(item, deeper, text));
-  return `${list ? "[" : "{"}\n${lines.join(",\n")}\n${indent}${list ? "]" : "}"}`;
+  const deeper = `${indent}  `, [open, close] = list ? "[]" : "{}";
+  const items = Object.entries(data).map(([name, item]) => (list ? "" : `${JSON.stringify(name)}: `) + written(item, deeper, text));
+  const line = open + items.join(", ") + close;
+  if (line.length <= LINE && !line.includes("\n")) return line;
+  return `${open}\n${items.map((item) => deeper + item).join(",\n")}\n${indent}${close}`;
 }
 
 const quoted = (text) => `'${text.replaceAll("'", `'\\''`)}'`;
