@@ -209,6 +209,7 @@ def _texts() -> dict[str, Case]:
         "too hot": chat_case("temperature", temperature=3),
         "a seed below zero": chat_case("seed", seed=-1),
         "a huge seed": chat_case("seed", seed=2**80),
+        "a seed that stops vLLM's CPU build": chat_case("seed: vLLM's CPU build", seed=1, temperature=1.0),
         "a thousand answers": chat_case("n: ", n=1000),
         "a hundred stops": chat_case("stop", stop=["a"] * 100),
         "an empty stop": chat_case("stop", stop=""),

@@ -30,7 +30,7 @@ IMAGE = data_url()
 def many(count: int = 250, **fields: Any) -> dict[str, Any]:
     """A request that keeps the engine busy for seconds: boxes that are all different, and long answers."""
     boxes = [{"box": [n, n % 300, n + 40, n % 300 + 40]} for n in range(count)]
-    return {"image": IMAGE, "regions": boxes, "max_tokens": 300, "temperature": 1.5, "seed": 1, **fields}
+    return {"image": IMAGE, "regions": boxes, "max_tokens": 300, "temperature": 1.5, **fields}
 
 
 def value(server: Served, name: str) -> float:
@@ -83,7 +83,7 @@ def test_request_ids_in_answers_and_in_the_log(small: Served) -> None:
     assert expected.items() <= line.items()
     assert line["prompt_tokens"] == answer.json()["usage"]["prompt_tokens"]
     assert line["ms"] > 0
-    strange = small.http.get("/v1/models", headers={**KEY, "X-Request-Id": "a b\x7f"})
+    strange = small.http.get("/v1/models", headers={**KEY, "X-Request-Id": "a b/c"})
     assert re.fullmatch("[0-9a-f]{32}", strange.headers["x-request-id"])
     assert any(line["event"] == "ready" for line in small.lines())
     assert "second-key" not in small.log.read_text()
@@ -129,7 +129,7 @@ def test_a_full_queue_is_429_and_clients_that_go_away_make_room(small: Served) -
     assert small.http.post(CHAT, json=chat_body(max_tokens=1), headers=KEY).status_code == 200
 
 
-@pytest.mark.parametrize("body", [many(), chat_body(None, [REGIONS[0]], temperature=2.0, seed=5, max_tokens=1500)])
+@pytest.mark.parametrize("body", [many(), chat_body(None, [REGIONS[0]], temperature=2.0, max_tokens=1500, n=8)])
 def test_a_client_that_goes_away_before_a_whole_answer_ends_the_work(small: Served, body: dict[str, Any]) -> None:
     path = DESCRIBE if "image" in body else CHAT
     with pytest.raises(httpx.ReadTimeout):

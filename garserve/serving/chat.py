@@ -59,6 +59,7 @@ async def chat_completions(raw_request: Request) -> Response:
     own = service(raw_request)
     body = await read_body(raw_request, ChatRequest)
     own.check_model(body.model)
+    own.check_seed(body.seed, body.temperature)
     seconds = own.settings.request_seconds
     answer = await attended(raw_request, _answer(own, body, raw_request), seconds)
     if isinstance(answer, ErrorResponse):

@@ -41,6 +41,7 @@ async def describe_regions(raw_request: Request) -> Response:
     own = service(raw_request)
     body = await read_body(raw_request, DescribeRequest)
     own.check_model(body.model)
+    own.check_seed(body.seed, body.temperature)
     seconds = own.settings.request_seconds
     job = _Job(own, body, raw_request)
     if body.stream:

@@ -67,6 +67,8 @@ class RegionEndpoints:
             return
         settings: Settings = state.garserve_settings
         model_config = engine_client.model_config
+        from vllm.platforms import current_platform
+
         folder = resolve(model_config.model)
         config = read_config(folder).with_box_scale(model_config.hf_config.replay_box_scale)
         processor = Processor(folder, config, max_num_tiles=engine_max_num_tiles(model_config))
@@ -81,6 +83,7 @@ class RegionEndpoints:
             stop_id=stop_id,
             model_names=[model.name for model in state.openai_serving_models.base_model_paths],
             max_model_len=model_config.max_model_len,
+            seeds=not current_platform.is_cpu(),
         )
         state.garserve_lifecycle = Lifecycle(state.garserve, state)
 

@@ -28,6 +28,7 @@ class Service:
     stop_id: int
     model_names: list[str]
     max_model_len: int
+    seeds: bool = True  # whether the engine survives requests with seeds of their own
     started: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -42,6 +43,15 @@ class Service:
             raise APIError(
                 404, f"model: {name!r:.80} is not served here; {served} is", code="model_not_found", param="model"
             )
+
+    def check_seed(self, seed: int | None, temperature: float | None) -> None:
+        """Raise a 400 for a seed that would stop the engine.
+
+        vLLM's CPU build ends with «CPU Generator does not use offset» when a prompt with a seed is prefilled in parts.
+        Without a temperature, nothing is drawn, and a seed has no meaning.
+        """
+        if seed is not None and temperature and not self.seeds:
+            raise APIError(400, "seed: vLLM's CPU build takes none with a temperature above 0", param="seed")
 
     def check_length(self, tokens: int) -> None:
         """Raise a 400 for a prompt that leaves no room for an answer."""
