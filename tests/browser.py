@@ -136,7 +136,8 @@ class Page:
         self.send("Emulation.setEmulatedMedia", features=[feature])
 
     def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"]))
+        kind = {"format": "png"} if path.suffix == ".png" else {"format": "jpeg", "quality": 88}
+        path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", **kind)["data"]))
 
 
 @contextmanager

@@ -24,7 +24,7 @@ QUESTION = "Where is <Prompt0> relative to <Prompt1>?"
 WATCH = """
 window.sent = []; window.seen = new Set();
 const plain = window.fetch;
-window.fetch = (url, options) => { window.sent.push([url, options.body]); return plain(url, options); };
+window.fetch = (url, options) => { window.sent.push([url, options?.body]); return plain(url, options); };
 new MutationObserver(() => {
   const last = [...document.querySelectorAll(".turn .answer")].at(-1);
   if (last) window.seen.add(last.textContent);
@@ -93,16 +93,16 @@ def test_the_sample_is_described_at_one_click(page: Page, tiny_reference: Engine
     page.click("#ideas button")
     page.press("Enter")
     page.wait(DONE.format(4))
-    keep(page, "page.png")
+    keep(page, "page.jpg")
     page.window(1280, 800, dark=True)
     draw(page, "box", (320, 235), (412, 335))
     page.press("r")
     page.wait("document.querySelector('#regions li:last-child .kind').textContent === 'Box, refined'")
-    keep(page, "page-dark.png")
+    keep(page, "page-dark.jpg")
     rle = json.loads(page.run("sent.at(-1)[1]"))
     assert rle["region"]["box"][0] == pytest.approx(320, abs=1)
     page.window(390, 844, mobile=True, density=2)
-    keep(page, "page-mobile.png")
+    keep(page, "page-mobile.jpg")
 
 
 def test_the_servers_refusal_is_shown(page: Page) -> None:
@@ -113,5 +113,5 @@ def test_the_servers_refusal_is_shown(page: Page) -> None:
     page.press("Enter")
     page.see(".answer[data-state=failed]")
     assert page.text(".notice.error")
-    assert page.run("document.getElementById('question').value").startswith("word word")
+    page.wait("document.getElementById('question').value.startsWith('word word')")
     page.complaints[:] = [one for one in page.complaints if "status of 400" not in one]  # the browser notes it itself
