@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.served import REGIONS, chat_body, data_url
 
-CHAT, DESCRIBE = "/v1/chat/completions", "/v1/regions/describe"
+CHAT, DESCRIBE, REFINE = "/v1/chat/completions", "/v1/regions/describe", "/v1/regions/refine"
 Case = tuple[str, Any, int, str]
 MASK = "data:image/png;base64,"
 
@@ -64,7 +64,7 @@ def messages_case(messages: Any, words: str) -> Case:
 
 def cases(folder: Path) -> dict[str, Case]:
     """All of them; `folder` is the server's folder of file:// images, and gets links and pipes."""
-    return {**_images(folder), **_places(folder), **_regions(), **_texts(), **_bodies()}
+    return {**_images(folder), **_places(folder), **_regions(), **_texts(), **_bodies(), **_refinements()}
 
 
 def _images(folder: Path) -> dict[str, Case]:
@@ -234,4 +234,20 @@ def _bodies() -> dict[str, Case]:
         "deep regions": (DESCRIBE, b'{"image":"a","regions":' + b'[{"a":' * 50_000, 400, "body: "),
         "a zip": (DESCRIBE, zlib.compress(b"{}" * 100), 400, "body: "),
         "an oversized body": (DESCRIBE, b" " * 9_000_000, 413, "body: more than 8388608 bytes"),
+    }
+
+
+def _refinements() -> dict[str, Case]:
+    def case(words: str, region: Any, image: str = "", status: int = 400) -> Case:
+        return REFINE, {"image": image or data_url(), "region": region}, status, words
+
+    box, wide = {"box": [0, 0, 9, 9]}, [[x % 600, x % 400] for x in range(5_000)]
+    return {
+        "refinement of a bomb": case("more than 50000000 pixels", box, data_url(real_bomb(), "image/png")),
+        "refinement of a picture inside": case("not a host", box, "http://169.254.169.254/latest/meta-data"),
+        "refinement of a file outside": case("no such file below the folder", box, "file:///etc/passwd"),
+        "refinement of thousands of large discs": case("too many points", {"points": wide, "radius": 9_000}),
+        "refinement of a mask by path": case("mask: expected a PNG", {"mask": "/etc/passwd"}),
+        "refinement of two regions": case("region", [box, box]),
+        "refinement of nothing": case("region", {}),
     }

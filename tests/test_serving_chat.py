@@ -170,7 +170,7 @@ def test_models_page_and_files_of_the_page(server: Served) -> None:
     assert "/" not in models.text, "it names a folder"
     page = server.http.get("/")
     assert page.headers["content-type"].startswith("text/html")
-    assert "default-src 'self'" in page.headers["content-security-policy"]
+    assert "default-src 'none'; script-src 'self'; style-src 'self'" in page.headers["content-security-policy"]
     assert server.http.get("/page/index.html").text == page.text
     for path in (
         "/page/../plugin.py",

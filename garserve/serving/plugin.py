@@ -19,7 +19,7 @@ from garserve.checkpoint import resolve
 from garserve.config import read_config
 from garserve.inputs.processor import Processor
 from garserve.inputs.prompts import stop_token_id
-from garserve.serving import basics, chat, describe, openapi
+from garserve.serving import basics, chat, describe, openapi, page_routes, refine
 from garserve.serving.admission import Admission
 from garserve.serving.decoding import RegionEngineClient
 from garserve.serving.errors import APIError
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
     from vllm.tasks import SupportedTask
 
-ROUTERS = [basics.router, chat.router, describe.router]
+ROUTERS = [basics.router, page_routes.router, chat.router, describe.router, refine.router]
 
 # Of vLLM's own routes; the others take images and control tokens past garserve's limits, or control the server.
 _KEPT = ("/metrics", "/version", "/load", "/openapi.json")
