@@ -1,10 +1,12 @@
 """Joining a Ray cluster, or starting one on this machine, and how many engines it takes (garserve[ray])."""
 
+import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,13 +63,16 @@ def cluster(engines: Engines, *, verbose: bool = False) -> Iterator[Placement]:
     ray = ray_module()
     if ray.is_initialized():
         raise GarserveError("--ray: this process is part of a Ray cluster already")
-    with _signals_kept():
-        _connect(ray, engines, verbose)
-    try:
-        yield _placed(ray, engines)
-    finally:
+    if not verbose:
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+    with redirect_stdout(sys.stderr):  # where Ray says what died, while this process's own output is for machines
         with _signals_kept():
-            ray.shutdown()
+            _connect(ray, engines, verbose)
+        try:
+            yield _placed(ray, engines)
+        finally:
+            with _signals_kept():
+                ray.shutdown()
 
 
 def _connect(ray: Any, engines: Engines, verbose: bool) -> None:
