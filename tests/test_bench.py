@@ -193,6 +193,12 @@ def test_commands_refuse_what_they_cannot_do(tmp_path: Path) -> None:
         assert message in str(done.exception)
 
 
+def test_serve_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("garserve.cli_bench.find_spec", lambda name: None)
+    done = runner.invoke(app, ["bench", "serve", "http://127.0.0.1:9"])
+    assert "garserve[serve]" in str(done.exception)
+
+
 def test_startup_tells_why_nothing_started() -> None:
     from garserve.bench.startup import startup
 
