@@ -1,6 +1,7 @@
 """`garserve bench`: how fast a checkpoint is on this machine, and how near to what the machine can do (floor 8)."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -17,7 +18,7 @@ from garserve.cli_options import (
     VerboseOption,
 )
 from garserve.cli_shared import console, open_engine, status_console
-from garserve.errors import RequestError
+from garserve.errors import GarserveError, RequestError
 
 if TYPE_CHECKING:
     from garserve.bench.result import Result
@@ -218,6 +219,8 @@ def serve(
 
     Without [bold]--rate[/], the load is a closed loop. Needs httpx ([bold]pip install 'garserve\\[serve][/]').
     """
+    if find_spec("httpx") is None:
+        raise GarserveError("bench serve needs httpx: pip install 'garserve[serve]'")
     from garserve.bench.load import bodies
     from garserve.bench.serve import Limits
     from garserve.bench.serve import serve as measure_serve
@@ -225,9 +228,8 @@ def serve(
 
     _check_targets(save)
     asked = make_workload(workload, images, parse_pair("--size", size), max_tokens=max_tokens)
-    limits = Limits(slo_ttft, slo_itl, slo_e2e)
+    limits, requests = Limits(slo_ttft, slo_itl, slo_e2e), bodies(asked, model, max_tokens)
     conditions = f"{asked.name}, {asked.images} images of {size} pixels"
-    requests = bodies(asked, model, max_tokens)
     result = measure_serve(url, requests, conditions, limits, rate=rate, clients=clients, seed=seed)
     _show(result, as_json, save)
 

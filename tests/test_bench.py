@@ -1,12 +1,7 @@
-"""`garserve bench`: what it counts, what it refuses, and load on a small server that is made up."""
+"""`garserve bench`: what it counts, what it asks, what it refuses."""
 
-import asyncio
 import json
-import threading
-import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +14,14 @@ from typer.testing import CliRunner
 
 import garserve
 from garserve.bench import cost, latency
-from garserve.bench.load import Outcome, bodies, closed_loop, open_loop
 from garserve.bench.machine import Peaks, machine, peaks
-from garserve.bench.serve import Limits, serve
 from garserve.bench.workload import KINDS, make_workload, picture, region
 from garserve.cli import app
-from garserve.config import parse_config, read_config
+from garserve.config import parse_config
 from garserve.errors import GarserveError, RequestError
-from garserve.inputs.images import hold_image
-from garserve.inputs.processor import Processor
-from garserve.inputs.regions import Region
-from garserve.inputs.request import RegionRequest
 from garserve.model.reference import ReferenceGAR
 from garserve.presets import preset
-from garserve.tracing import Span, recording, span, write_chrome_trace
-from tests.conftest import ROOT
+from garserve.tracing import Span
 
 runner = CliRunner()
 SIZE = (120, 90)
@@ -43,52 +31,6 @@ SIZE = (120, 90)
 def tiny() -> Iterator[garserve.Engine]:
     with garserve.load(backend="reference") as engine:
         yield engine
-
-
-# ---- spans
-
-
-def test_spans_are_kept_while_somebody_records(tmp_path: Path) -> None:
-    with span("before"):
-        pass
-    with recording() as spans:
-        with span("outer"), span("inner"):
-            time.sleep(0.002)
-        thread = threading.Thread(target=_elsewhere, name="other")
-        thread.start()
-        thread.join()
-    with span("after"):
-        pass
-    assert [(one.name, one.thread == "other") for one in spans] == [("inner", False), ("outer", False), ("there", True)]
-    assert spans[1].seconds >= spans[0].seconds >= 0.002
-    write_chrome_trace(tmp_path / "trace.json", spans)
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    whole = {event["name"]: event for event in events if event["ph"] == "X"}
-    assert whole["outer"]["ts"] == 0
-    assert whole["outer"]["ts"] <= whole["inner"]["ts"]
-    assert whole["inner"]["dur"] == pytest.approx(spans[0].seconds * 1e6)
-
-
-def _elsewhere() -> None:
-    with span("there"):
-        pass
-
-
-def test_a_recording_is_the_only_one() -> None:
-    with recording(), pytest.raises(RuntimeError, match="under way"), recording():
-        pass
-    with recording() as spans, span("again"):
-        pass
-    assert len(spans) == 1
-
-
-def test_a_span_survives_an_exception() -> None:
-    with recording() as spans, pytest.raises(ValueError, match="x"), span("failing"):
-        raise ValueError("x")
-    assert [one.name for one in spans] == ["failing"]
-
-
-# ---- costs
 
 
 def _counted(run: Any) -> int:
@@ -139,45 +81,6 @@ def test_peaks_are_measured() -> None:
     assert machine()["torch"] == torch.__version__
 
 
-# ---- images that are held
-
-
-def test_a_held_image_is_the_engines_own() -> None:
-    own = np.zeros((8, 9, 3), np.uint8)
-    held = hold_image(own)
-    own[:] = 7
-    assert not held.any()
-    assert not held.flags.writeable
-    assert hold_image(held) is held
-    assert hold_image(ROOT / "garserve" / "data" / "coffee.jpg").flags.writeable is False
-
-
-def test_an_image_is_known_by_its_pixels_when_they_may_change(mini: Path) -> None:
-    processor = Processor(mini, read_config(mini))
-    box = [[10, 10, 60, 60]]
-    own = picture(0, SIZE).copy()
-    first = processor(RegionRequest(own, box)).items[0].hash
-    own[:] = picture(1, SIZE)
-    second = processor(RegionRequest(own, box)).items[0].hash
-    assert first != second
-    for number, expected in ((0, first), (1, second)):
-        held = hold_image(picture(number, SIZE).copy())
-        assert [processor(RegionRequest(held, box)).items[0].hash for _ in range(2)] == [expected] * 2
-    fewer = processor.variant(max_num_tiles=1)
-    assert fewer(RegionRequest(held, box)).items[0].hash == fewer(RegionRequest(held.copy(), box)).items[0].hash
-
-
-def test_ids_of_images_that_are_gone_name_nothing(mini: Path) -> None:
-    processor = Processor(mini, read_config(mini))
-    for number in range(200):  # memory, and with it the id, is taken again by the next image
-        held = hold_image(np.full((20, 20, 3), number % 250, np.uint8))
-        assert int(processor(RegionRequest(held, [[1, 1, 9, 9]])).items[0].tiles[0, 0, 0, 0]) == number % 250
-        del held
-
-
-# ---- workloads
-
-
 def test_workloads_are_the_same_again_and_differ_by_image() -> None:
     assert {kind: len(make_workload(kind, 2, SIZE, max_tokens=8).requests) for kind in KINDS} == {
         "dense": 40,
@@ -217,9 +120,6 @@ def test_questions_name_regions_that_are_there(kind: Any) -> None:
         request.check(5)
 
 
-# ---- latency
-
-
 def test_stages_sum_to_the_whole(tiny: garserve.Engine) -> None:
     request = make_workload("stream", 1, SIZE, max_tokens=6, first=3).requests[0]
     latency.measure(tiny, request)
@@ -243,125 +143,9 @@ def test_stages_are_told_apart_by_the_first_token() -> None:
     assert (found["prefill"], found["decode"], found["engine"], found["between"]) == (4, 1, 1, 1)
 
 
-# ---- a server's load
-
-
-class _Handler(BaseHTTPRequestHandler):
-    """Streams an answer of five pieces, 20 ms apart; refuses what has no regions."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.bodies.append(body)  # type: ignore[attr-defined]
-        image = body["messages"][0]["content"][0]
-        if not image.get("regions") or body["model"] != "tiny":
-            self.send_response(400)
-            text = b'{"error": {"message": "no regions"}}'
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text)
-            return
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Connection", "close")
-        self.end_headers()
-        pieces: list[dict[str, Any]] = [{"choices": [{"delta": {"role": "assistant"}}]}]
-        pieces += [{"choices": [{"delta": {"content": f"w{i} "}}]} for i in range(5)]
-        pieces += [{"choices": [], "usage": {"completion_tokens": 9}}]
-        for piece in pieces:
-            time.sleep(0.02)
-            self.wfile.write(f"data: {json.dumps(piece)}\n\n".encode())
-            self.wfile.flush()
-        self.wfile.write(b"data: [DONE]\n\n")
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def server() -> Iterator[ThreadingHTTPServer]:
-    made = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    made.bodies = []  # type: ignore[attr-defined]
-    thread = threading.Thread(target=made.serve_forever, daemon=True)
-    thread.start()
-    yield made
-    made.shutdown()
-    made.server_close()
-
-
-def _url(server: ThreadingHTTPServer) -> str:
-    return f"http://127.0.0.1:{server.server_address[1]}"
-
-
-def test_bodies_say_what_the_workload_asks() -> None:
-    asked = make_workload("five", 1, SIZE, max_tokens=8)
-    (body,) = bodies(asked, "tiny", 8)
-    image, text = body["messages"][0]["content"]
-    assert image["image_url"]["url"].startswith("data:image/jpeg;base64,")
-    assert text["text"] == asked.requests[0].question
-    drawn = [Region.parse(one).mask(SIZE[1], SIZE[0]) for one in image["regions"]]
-    assert all(np.array_equal(ours, mask) for ours, mask in zip(drawn, asked.requests[0].regions, strict=True))
-    (single,) = bodies(make_workload("stream", 1, SIZE, max_tokens=8), "tiny", 8)
-    assert len(single["messages"][0]["content"]) == 1
-
-
-def test_closed_loop(server: ThreadingHTTPServer) -> None:
-    requests = bodies(make_workload("dense", 1, SIZE, max_tokens=8), "tiny", 8)[:6]
-    start = time.perf_counter()
-    found = asyncio.run(closed_loop(_url(server), requests, clients=3))
-    assert time.perf_counter() - start > 2 * 0.14
-    assert sorted(map(json.dumps, server.bodies)) == sorted(map(json.dumps, requests))  # type: ignore[attr-defined]
-    assert [one.error for one in found] == [None] * 6
-    for outcome in found:
-        assert outcome.tokens == 9
-        assert 0.04 <= outcome.ttft < outcome.e2e
-        assert outcome.itl == pytest.approx((outcome.e2e - outcome.ttft) / 8)
-
-
-def test_open_loop_sends_at_its_times(server: ThreadingHTTPServer) -> None:
-    requests = bodies(make_workload("dense", 1, SIZE, max_tokens=8), "tiny", 8)
-    found = asyncio.run(open_loop(_url(server), requests, rate=100.0, seed=1))
-    gaps = [after.due - one.due for one, after in pairwise(found)]
-    assert np.mean(gaps) == pytest.approx(0.01, rel=0.6)
-    assert np.std(gaps) > 0.003  # not evenly spaced
-    assert all(one.sent >= one.due for one in found)
-    # Nothing waits for an answer: all of them take 140 ms, and are sent within 200.
-    assert max(one.sent for one in found) - found[0].sent < 1.0
-
-
-def test_failures_are_counted_and_never_good(server: ThreadingHTTPServer) -> None:
-    good = bodies(make_workload("dense", 1, SIZE, max_tokens=8), "tiny", 8)[:3]
-    bad = [{**good[0], "model": "another"}]
-    result = serve(_url(server) + "/v1/", [*good, *bad], "here", Limits(), clients=2)
-    figures = {row["figure"]: row for row in result.rows}
-    assert figures["failed"]["value"] == 1
-    assert figures["good share"]["value"] == 0.75
-    assert figures["TTFT"]["p50 ms"] < figures["E2E"]["p50 ms"]
-    assert "status 400" in result.notes[0]
-    with pytest.raises(GarserveError, match="none of 1 requests was answered: status 400"):
-        serve(_url(server), bad, "here", Limits())
-    with pytest.raises(GarserveError, match="none of 1 requests was answered: ConnectError"):
-        serve("http://127.0.0.1:9", bad, "here", Limits())
-
-
-def test_goodput_is_under_the_limits() -> None:
-    fast = Outcome(due=0.0, arrivals=[0.1, 0.2], tokens=3)
-    assert (fast.ttft, fast.e2e, fast.itl) == (0.1, 0.2, pytest.approx(0.05))
-    assert Limits(ttft=0.1, itl=0.06, e2e=0.2).kept(fast)
-    assert not Limits(ttft=0.09).kept(fast)
-    assert not Limits(itl=0.04).kept(fast)
-    assert not Limits(e2e=0.19).kept(fast)
-    assert str(Limits()) == "none"
-    assert str(Limits(ttft=0.5)) == "ttft 0.5 s"
-
-
-# ---- the command line
-
-
 def test_latency_command(tmp_path: Path) -> None:
     trace, saved = tmp_path / "trace.json", tmp_path / "latency.json"
-    arguments = ["bench", "latency", "--backend", "reference", "--images", "2", "--size", "120x90", "--max-tokens", "8"]
+    arguments = ["bench", "latency", "--backend", "reference", "--images", "3", "--size", "120x90", "--max-tokens", "8"]
     done = runner.invoke(app, [*arguments, "--trace", str(trace), "--save", str(saved), "--json"])
     assert done.exit_code == 0, done.output
     document = json.loads(done.stdout)
@@ -407,6 +191,12 @@ def test_commands_refuse_what_they_cannot_do(tmp_path: Path) -> None:
         done = runner.invoke(app, ["bench", *arguments])
         assert isinstance(done.exception, GarserveError), done.output
         assert message in str(done.exception)
+
+
+def test_serve_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("garserve.cli_bench.find_spec", lambda name: None)
+    done = runner.invoke(app, ["bench", "serve", "http://127.0.0.1:9"])
+    assert "garserve[serve]" in str(done.exception)
 
 
 def test_startup_tells_why_nothing_started() -> None:
