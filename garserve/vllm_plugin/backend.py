@@ -58,6 +58,9 @@ class VLLMBackend:
                 vision=vision,
             )
             self.driver = EngineDriver(arguments, separate_process=separate_process)
+            from vllm.platforms import current_platform
+
+            self._on_cpu = current_platform.is_cpu()
         except GarserveError:
             self._release_process()
             raise
@@ -83,7 +86,17 @@ class VLLMBackend:
                 VLLMBackend._in_process = None
 
     def submit(self, prepared: PreparedRequest, sampling: Sampling, on_report: OnReport) -> Callable[[], None]:
-        """Queue a request; reports come from the engine's thread. Returns a function that cancels it."""
+        """Queue a request; reports come from the engine's thread. Returns a function that cancels it.
+
+        Raises RequestError for a seed that would stop the engine: vLLM's CPU build ends with «CPU Generator does not use
+        offset» where a prompt with a seed is prefilled in parts.
+        """
+        scheduler = self.driver.engine.vllm_config.scheduler_config
+        if sampling.seed is not None and sampling.temperature and self._on_cpu and scheduler.enable_chunked_prefill:
+            raise RequestError(
+                "seed: vLLM's CPU build takes none with a temperature above 0, unless loaded with "
+                "enable_chunked_prefill=False"
+            )
         return self.driver.submit(prepared, sampling, on_report)
 
     def tile_counts(self) -> TileCounts:
