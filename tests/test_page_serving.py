@@ -50,6 +50,7 @@ def sent(page: Page) -> dict[str, Any]:
 
 def keep(page: Page, name: str) -> None:
     if folder := os.environ.get("GARSERVE_SCREENSHOTS"):
+        page.run("document.activeElement.blur()")
         time.sleep(0.5)  # until colours have faded over
         page.screenshot(Path(folder) / name)
 
@@ -99,9 +100,15 @@ def test_the_sample_is_described_at_one_click(page: Page, tiny_reference: Engine
     draw(page, "box", (320, 235), (412, 335))
     page.press("r")
     page.wait("document.querySelector('#regions li:last-child .kind').textContent === 'Box, refined'")
+    assert np.allclose(sent(page)["region"]["box"], [320, 235, 412, 335], atol=1)
+    page.press("d")
+    page.wait(DONE.format(8))
+    regions = sent(page)["regions"]
+    assert "rle" in regions[3]
+    expected = [answer.text for answer in tiny_reference.describe(PHOTO, regions)]
+    found = page.run("[...document.querySelectorAll('article:last-child .row .answer')].map((one) => one.innerText)")
+    assert found == expected
     keep(page, "page-dark.jpg")
-    rle = json.loads(page.run("sent.at(-1)[1]"))
-    assert rle["region"]["box"][0] == pytest.approx(320, abs=1)
     page.window(390, 844, mobile=True, density=2)
     keep(page, "page-mobile.jpg")
 
