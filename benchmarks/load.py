@@ -6,9 +6,7 @@ is the server's time for the well-formed requests over the engine's own, called 
 """
 
 import asyncio
-import base64
 import contextlib
-import io
 import json
 import os
 import random
@@ -26,16 +24,13 @@ from typing import Annotated, Any
 import aiohttp
 import numpy as np
 import typer
+from load_requests import Ask, make_asks
 from machine import save
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 import garserve
-from garserve.inputs.request import RegionRequest
 
-PHOTO = Path(garserve.__file__).parent / "data" / "coffee.jpg"
-QUESTIONS = ("Where is <Prompt0> relative to <Prompt1>?", "What colour is <Prompt1>?", "Which is larger?")
 EARLY, MALFORMED = 0.10, 0.05
 DISTINCT = 60  # requests that differ; the others repeat them
 MAX_TOKENS = 48
@@ -45,14 +40,6 @@ BROKEN = (
     b'{"messages": [{"role": "user", "content": "no image"}]}',
     b'{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]}',
 )
-
-
-@dataclass(frozen=True)
-class Ask:
-    """A well-formed request: its body, and what the engine is asked directly."""
-
-    body: bytes
-    request: RegionRequest
 
 
 @dataclass
@@ -74,7 +61,7 @@ def main(
 ) -> None:
     """Run the load and print how long answers take."""
     rng = random.Random(seed)
-    asks = _asks(rng)
+    asks = make_asks(rng, DISTINCT, MAX_TOKENS)
     texts, direct = _directly(asks, overhead, clients)
     with _server() as (url, pid):
         served = asyncio.run(_compare(url, asks, texts, overhead, clients))
@@ -86,52 +73,6 @@ def main(
     if save_results:
         conditions = "tiny, coffee.jpg in crops of 300 to 600 pixels, engine, server and clients on the same cores"
         print(save("load", figures, conditions))
-
-
-def _asks(rng: random.Random) -> list[Ask]:
-    photo = Image.open(PHOTO).convert("RGB")
-    asks = []
-    for number in range(DISTINCT):
-        width, height = rng.randrange(300, 600), rng.randrange(250, 400)
-        crop = photo.crop((0, 0, width, height))
-        file = io.BytesIO()
-        crop.save(file, "JPEG", quality=85)
-        regions = [_region(rng, width, height) for _ in range(rng.choice((1, 2, 2, 3, 5)))]
-        question = None if len(regions) == 1 else rng.choice(QUESTIONS)
-        content: list[dict[str, Any]] = [
-            {
-                "type": "image_url",
-                "image_url": {"url": "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()},
-                "regions": regions,
-            }
-        ]
-        if question is not None:
-            content.append({"type": "text", "text": question})
-        body = {"messages": [{"role": "user", "content": content}], "max_tokens": MAX_TOKENS, "stream": number % 2 == 0}
-        request = RegionRequest(file.getvalue(), regions, question, max_tokens=MAX_TOKENS)
-        asks.append(Ask(json.dumps(body).encode(), request))
-    return asks
-
-
-def _region(rng: random.Random, width: int, height: int) -> dict[str, Any]:
-    x, y = rng.randrange(10, width - 90), rng.randrange(10, height - 90)
-    return rng.choice(
-        (
-            {"box": [x, y, x + 70, y + 60]},
-            {"points": [[x, y], [x + 30, y + 20]], "radius": 12},
-            {"polygon": [[x, y], [x + 80, y + 10], [x + 30, y + 70]]},
-            {"scribble": [[x, y], [x + 60, y + 50], [x + 20, y + 70]], "width": 9},
-            {"rle": {"size": [height, width], "counts": _runs(x, y, width, height)}},
-        )
-    )
-
-
-def _runs(x: int, y: int, width: int, height: int) -> list[int]:
-    mask = np.zeros((height, width), bool)
-    mask[y : y + 50, x : x + 40] = True
-    flat = mask.flatten(order="F")
-    edges = np.flatnonzero(np.diff(flat)) + 1
-    return [int(run) for run in np.diff([0, *edges, flat.size])]
 
 
 def _directly(asks: list[Ask], count: int, clients: int) -> tuple[list[str], float]:

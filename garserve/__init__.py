@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from garserve.client import AsyncClient as AsyncClient
     from garserve.client import Client as Client
-    from garserve.client import ServerError as ServerError
+    from garserve.client_wire import ServerError as ServerError
     from garserve.engine import Answer as Answer
     from garserve.engine import Chat as Chat
     from garserve.engine import Chunk as Chunk
@@ -32,7 +32,7 @@ _HOMES = {
     "Chunk": "engine",
     "Client": "client",
     "AsyncClient": "client",
-    "ServerError": "client",
+    "ServerError": "client_wire",
     "Engine": "engine",
     "load": "engine",
     "CheckpointError": "errors",

@@ -1,178 +1,32 @@
 """A thin client of a garserve server, blocking and asynchronous; it needs httpx and nothing of the engine (floor 5)."""
 
-import base64
-import io
-import json
-import os
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from garserve.errors import GarserveError, RegionError
-from garserve.inputs.regions import Region
-from garserve.inputs.shapes import BoxShape, MaskShape, PolygonShape, RLEShape, StrokeShape
+from garserve.client_wire import RegionText, Requests, checked, delta, event, region_text
 
 if TYPE_CHECKING:
     import httpx
 
-_DONE = "[DONE]"
 
-
-class ServerError(GarserveError):
-    """The server's refusal: its status, and the code, the field and the words of its error."""
-
-    def __init__(self, status: int, error: dict[str, Any]) -> None:
-        super().__init__(f"{status}: {error.get('message', 'no message')}")
-        self.status, self.code, self.param = status, error.get("code"), error.get("param")
-
-
-@dataclass(frozen=True)
-class RegionText:
-    """What was said about one region; `error` where nothing could be."""
-
-    index: int
-    text: str | None = None
-    finish_reason: str | None = None
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    error: dict[str, Any] | None = None
-
-
-def image_url(image: Any) -> str:
-    """Return an image as the server takes it: a URL as it is; a path, bytes, a PIL image or an array as a data URL."""
-    if isinstance(image, str) and image.split(":", 1)[0] in ("data", "http", "https", "file"):
-        return image
-    if isinstance(image, str | os.PathLike):
-        image = Path(image).read_bytes()
-    if not isinstance(image, bytes):
-        image = _png(image)
-    return "data:application/octet-stream;base64," + base64.b64encode(image).decode()
-
-
-def region_json(region: Any) -> Any:
-    """Return a region as the server takes it: JSON as it is, a Region, a mask array or a PIL image as JSON.
-
-    Raises RegionError for what has no such form, and for a mask that is a file which cannot be read.
-    """
-    if isinstance(region, dict):
-        return region
-    shape = Region.parse(region).shape
-    if isinstance(shape, BoxShape):
-        return {"box": list(shape.box), "clip": shape.clip}
-    if isinstance(shape, PolygonShape):
-        return {"polygon": [list(ring) for ring in shape.polygons]}
-    if isinstance(shape, RLEShape):
-        counts = shape.rle["counts"]
-        return {"rle": {**shape.rle, "counts": counts.decode() if isinstance(counts, bytes) else counts}}
-    if isinstance(shape, StrokeShape):
-        points = [list(point) for point in shape.points]
-        size = {"width": 2 * shape.radius} if shape.joined else {"radius": shape.radius}
-        return {"scribble" if shape.joined else "points": points, **size}
-    if isinstance(shape, MaskShape):
-        mask = shape._array()
-        return {"mask": "data:image/png;base64," + base64.b64encode(_png(mask)).decode()}
-    raise RegionError(f"region: {type(shape).__name__} cannot be sent")
-
-
-def _png(image: Any) -> bytes:
-    import numpy as np
-    from PIL import Image
-
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return file.getvalue()
-
-
-class _Requests:
-    """What both clients send, and how they read what comes back."""
-
-    def __init__(self, url: str, api_key: str | None, model: str | None, timeout: float) -> None:
-        key = api_key or os.environ.get("GARSERVE_API_KEY")
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._url, self._model, self._timeout = url.rstrip("/"), model, timeout
-
-    def _describe(self, image: Any, regions: Sequence[Any], options: dict[str, Any]) -> dict[str, Any]:
-        model = {} if self._model is None else {"model": self._model}
-        return {"image": image_url(image), "regions": [region_json(region) for region in regions], **model, **options}
-
-    def _ask(self, image: Any, regions: Sequence[Any], question: str | None, options: dict[str, Any]) -> dict[str, Any]:
-        turns = options.pop("turns", ())
-        content: list[dict[str, Any]] = [
-            {
-                "type": "image_url",
-                "image_url": {"url": image_url(image)},
-                "regions": [region_json(region) for region in regions],
-            }
-        ]
-        if question is not None:
-            content.append({"type": "text", "text": question})
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        if (system := options.pop("system", None)) is not None:
-            messages.insert(0, {"role": "system", "content": system})
-        messages += [{"role": role, "content": text} for role, text in turns]
-        model = {} if self._model is None else {"model": self._model}
-        return {"messages": messages, **model, **options}
-
-
-def _checked(response: "httpx.Response", body: bytes) -> Any:
-    try:
-        data = json.loads(body)
-    except ValueError:
-        data = {"error": {"message": f"not JSON: {body[:80]!r}"}}
-    if response.status_code != 200:
-        error = data.get("error") if isinstance(data, dict) else None
-        raise ServerError(response.status_code, error if isinstance(error, dict) else {"message": str(data)[:200]})
-    return data
-
-
-def _event(line: str) -> dict[str, Any] | None:
-    """Return the data of one line of a stream, None for other lines. Raises ServerError for an error."""
-    if not line.startswith("data: ") or line[6:] == _DONE:
-        return None
-    data: dict[str, Any] = json.loads(line[6:])
-    if "error" in data and "index" not in data:
-        code = data["error"].get("code")
-        raise ServerError(code if isinstance(code, int) else 503, data["error"])
-    return data
-
-
-def _delta(event: dict[str, Any] | None) -> str:
-    return event["choices"][0]["delta"].get("content") or "" if event and event.get("choices") else ""
-
-
-def _region_text(event: dict[str, Any]) -> RegionText:
-    return RegionText(**{name: event[name] for name in RegionText.__dataclass_fields__ if name in event})
-
-
-class Client(_Requests):
+class Client(Requests):
     """Asks a garserve server. Use it with `with`, or close it."""
 
-    def __init__(
-        self,
-        url: str = "http://127.0.0.1:8000",
-        *,
-        api_key: str | None = None,
-        model: str | None = None,
-        timeout: float = 300.0,
-    ) -> None:
-        """Connect to a server; without `api_key`, GARSERVE_API_KEY is used where it is set. `timeout` is in seconds."""
+    def _open(self, **options: Any) -> "httpx.Client":
         import httpx
 
-        super().__init__(url, api_key, model, timeout)
-        self._http = httpx.Client(base_url=self._url, headers=self._headers, timeout=timeout)
+        return httpx.Client(**options)
 
     def describe(self, image: Any, regions: Sequence[Any], **options: Any) -> list[RegionText]:
         """Describe each region by itself; `options` are fields of /v1/regions/describe. Raises ServerError."""
         response = self._http.post("/v1/regions/describe", json=self._describe(image, regions, options))
-        return [_region_text(item) for item in _checked(response, response.content)["descriptions"]]
+        return [region_text(item) for item in checked(response, response.content)["descriptions"]]
 
     def stream_describe(self, image: Any, regions: Sequence[Any], **options: Any) -> Iterator[RegionText]:
         """Yield each region's text as it is done, in any order. Raises ServerError."""
-        for event in self._events("/v1/regions/describe", self._describe(image, regions, {**options, "stream": True})):
-            if "delta" not in event:
-                yield _region_text(event)
+        for found in self._events("/v1/regions/describe", self._describe(image, regions, {**options, "stream": True})):
+            if "delta" not in found:
+                yield region_text(found)
 
     def ask(self, image: Any, regions: Sequence[Any], question: str | None = None, **options: Any) -> str:
         """Answer a question in which `<Prompt0>`, … name the regions; none: describe the one region.
@@ -180,24 +34,24 @@ class Client(_Requests):
         `options` are fields of /v1/chat/completions, and `system` and `turns` ([role, text] pairs). Raises ServerError.
         """
         response = self._http.post("/v1/chat/completions", json=self._ask(image, regions, question, options))
-        return str(_checked(response, response.content)["choices"][0]["message"]["content"])
+        return str(checked(response, response.content)["choices"][0]["message"]["content"])
 
     def stream_ask(
         self, image: Any, regions: Sequence[Any], question: str | None = None, **options: Any
     ) -> Iterator[str]:
         """Yield an answer's text piece by piece; leaving early cancels it. Raises ServerError."""
         body = self._ask(image, regions, question, {**options, "stream": True})
-        for event in self._events("/v1/chat/completions", body):
-            if piece := _delta(event):
+        for found in self._events("/v1/chat/completions", body):
+            if piece := delta(found):
                 yield piece
 
     def _events(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         with self._http.stream("POST", path, json=body) as response:
             if response.status_code != 200:
-                _checked(response, response.read())
+                checked(response, response.read())
             for line in response.iter_lines():
-                if (event := _event(line)) is not None:
-                    yield event
+                if (found := event(line)) is not None:
+                    yield found
 
     def close(self) -> None:
         """Close the connections."""
@@ -210,56 +64,47 @@ class Client(_Requests):
         self.close()
 
 
-class AsyncClient(_Requests):
+class AsyncClient(Requests):
     """The same for asyncio. Use it with `async with`, or close it."""
 
-    def __init__(
-        self,
-        url: str = "http://127.0.0.1:8000",
-        *,
-        api_key: str | None = None,
-        model: str | None = None,
-        timeout: float = 300.0,
-    ) -> None:
-        """See Client."""
+    def _open(self, **options: Any) -> "httpx.AsyncClient":
         import httpx
 
-        super().__init__(url, api_key, model, timeout)
-        self._http = httpx.AsyncClient(base_url=self._url, headers=self._headers, timeout=timeout)
+        return httpx.AsyncClient(**options)
 
     async def describe(self, image: Any, regions: Sequence[Any], **options: Any) -> list[RegionText]:
         """See Client.describe."""
         response = await self._http.post("/v1/regions/describe", json=self._describe(image, regions, options))
-        return [_region_text(item) for item in _checked(response, response.content)["descriptions"]]
+        return [region_text(item) for item in checked(response, response.content)["descriptions"]]
 
     async def stream_describe(self, image: Any, regions: Sequence[Any], **options: Any) -> AsyncIterator[RegionText]:
         """See Client.stream_describe."""
         body = self._describe(image, regions, {**options, "stream": True})
-        async for event in self._events("/v1/regions/describe", body):
-            if "delta" not in event:
-                yield _region_text(event)
+        async for found in self._events("/v1/regions/describe", body):
+            if "delta" not in found:
+                yield region_text(found)
 
     async def ask(self, image: Any, regions: Sequence[Any], question: str | None = None, **options: Any) -> str:
         """See Client.ask."""
         response = await self._http.post("/v1/chat/completions", json=self._ask(image, regions, question, options))
-        return str(_checked(response, response.content)["choices"][0]["message"]["content"])
+        return str(checked(response, response.content)["choices"][0]["message"]["content"])
 
     async def stream_ask(
         self, image: Any, regions: Sequence[Any], question: str | None = None, **options: Any
     ) -> AsyncIterator[str]:
         """See Client.stream_ask."""
         body = self._ask(image, regions, question, {**options, "stream": True})
-        async for event in self._events("/v1/chat/completions", body):
-            if piece := _delta(event):
+        async for found in self._events("/v1/chat/completions", body):
+            if piece := delta(found):
                 yield piece
 
     async def _events(self, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         async with self._http.stream("POST", path, json=body) as response:
             if response.status_code != 200:
-                _checked(response, await response.aread())
+                checked(response, await response.aread())
             async for line in response.aiter_lines():
-                if (event := _event(line)) is not None:
-                    yield event
+                if (found := event(line)) is not None:
+                    yield found
 
     async def close(self) -> None:
         """Close the connections."""

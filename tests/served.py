@@ -41,7 +41,7 @@ class Served:
         self.url = f"http://127.0.0.1:{self.port}"
         self.http = httpx.Client(base_url=self.url, timeout=60)
 
-    def wait_until_ready(self, seconds: float = 240) -> "Served":
+    def wait_until_ready(self, seconds: float = 400) -> "Served":
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             assert self.process.poll() is None, self.log.read_text()[-3000:]

@@ -24,6 +24,7 @@ FLOORS = {
     "garserve.export": 4,
     "garserve.engine": 5,
     "garserve.client": 5,
+    "garserve.client_wire": 4,
     "garserve.batch": 6,
     "garserve.serving": 6,
     "garserve.conformance": 6,

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import garserve
-from garserve.client import RegionText, region_json
+from garserve.client_wire import RegionText, region_json
 from garserve.engine import Engine
 from tests.conftest import PHOTO, ROOT
 from tests.served import QUESTION, REGIONS, Served, chat_body, data_url

@@ -104,7 +104,7 @@ def test_metrics(small: Served) -> None:
 
 
 def open_stream(server: Served, stack: contextlib.ExitStack, **fields: Any) -> Iterator[str]:
-    """Start a stream and wait for its first event."""
+    """Start a stream and wait for its first event; the connection lasts as long as what is returned."""
     response = stack.enter_context(server.http.stream("POST", DESCRIBE, json=many(stream=True, **fields), headers=KEY))
     assert response.status_code == 200
     lines = response.iter_lines()
@@ -115,14 +115,14 @@ def open_stream(server: Served, stack: contextlib.ExitStack, **fields: Any) -> I
 def test_a_full_queue_is_429_and_clients_that_go_away_make_room(small: Served) -> None:
     gone = value(small, "garserve:disconnected_total")
     with contextlib.ExitStack() as stack:
-        for _ in range(3):
-            open_stream(small, stack)
+        held = [open_stream(small, stack) for _ in range(3)]  # whose end would close the connection
         refused = small.http.post(CHAT, json=chat_body(), headers=KEY)
         assert refused.status_code == 429
         assert int(refused.headers["retry-after"]) >= 1
         assert refused.json()["error"]["code"] == "queue_full"
         assert small.http.get("/health").status_code == 200
         assert value(small, "vllm:num_requests_running") > 0
+        del held
     until(lambda: value(small, "garserve:requests") == 0, 3)
     until(lambda: value(small, "vllm:num_requests_running") + value(small, "vllm:num_requests_waiting") == 0, 3)
     assert value(small, "garserve:disconnected_total") == gone + 3

@@ -51,7 +51,7 @@ def as_api_error(error: Exception, request: Request) -> APIError:
     return internal()
 
 
-async def attended(request: Request, work: Coroutine[Any, Any, _T], seconds: float) -> _T:
+async def attended(request: Request, work: Coroutine[Any, Any, _T], deadline: float | None) -> _T:
     """Wait for work while the client does. Raises APIError: 499 when it has gone, 504 when the time is over.
 
     The body must have been read. The work is cancelled in both cases, and its end awaited.
@@ -59,14 +59,15 @@ async def attended(request: Request, work: Coroutine[Any, Any, _T], seconds: flo
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnect(request))
     try:
-        await asyncio.wait({task, gone}, timeout=seconds or None, return_when=asyncio.FIRST_COMPLETED)
+        left = None if deadline is None else max(deadline - asyncio.get_running_loop().time(), 0.0)
+        await asyncio.wait({task, gone}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         if gone.done():
             metrics.disconnected.inc()
             note(request, disconnected=True)
             raise APIError(499, "the client has gone", code="disconnected")
-        raise timed_out(seconds)
+        raise timed_out()
     finally:
         gone.cancel()
         if not task.done():
@@ -74,9 +75,9 @@ async def attended(request: Request, work: Coroutine[Any, Any, _T], seconds: flo
         await asyncio.gather(task, gone, return_exceptions=True)
 
 
-def timed_out(seconds: float) -> APIError:
+def timed_out() -> APIError:
     """A 504 for an answer that was not there in time."""
-    return APIError(504, f"no answer within {seconds:g} seconds", code="timeout")
+    return APIError(504, "the answer was not there in the time that this server gives it", code="timeout")
 
 
 async def _disconnect(request: Request) -> None:
@@ -89,14 +90,18 @@ def event(data: Any) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-def stream_response(request: Request, events: AsyncIterator[str], seconds: float) -> StreamingResponse:
+def deadline_in(seconds: float) -> float | None:
+    """Return the event loop's time in so many seconds; None for 0, which is no limit."""
+    return asyncio.get_running_loop().time() + seconds if seconds else None
+
+
+def stream_response(request: Request, events: AsyncIterator[str], deadline: float | None) -> StreamingResponse:
     """Answer with events; an error on the way is the last one before [DONE], since the status has been sent."""
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_guarded(request, events, seconds), media_type="text/event-stream", headers=headers)
+    return StreamingResponse(_guarded(request, events, deadline), media_type="text/event-stream", headers=headers)
 
 
-async def _guarded(request: Request, events: Any, seconds: float) -> AsyncIterator[str]:
-    deadline = asyncio.get_running_loop().time() + seconds if seconds else None
+async def _guarded(request: Request, events: Any, deadline: float | None) -> AsyncIterator[str]:
     try:
         async with aclosing(events) as source:
             while True:
@@ -106,7 +111,7 @@ async def _guarded(request: Request, events: Any, seconds: float) -> AsyncIterat
                 except StopAsyncIteration:
                     return
                 except TimeoutError:
-                    yield event(timed_out(seconds).body())
+                    yield event(timed_out().body())
                     yield DONE
                     return
                 except Exception as error:  # whatever it was, the client is told, and the log knows

@@ -14,7 +14,7 @@ from garserve.errors import RequestError
 from garserve.inputs.processor import PreparedRequest
 from garserve.inputs.request import Turn
 from garserve.serving import metrics
-from garserve.serving.answering import as_api_error, attended, read_body, stream_response
+from garserve.serving.answering import as_api_error, attended, deadline_in, read_body, stream_response
 from garserve.serving.decoding import RegionEngineClient
 from garserve.serving.errors import APIError
 from garserve.serving.openapi import documented
@@ -60,13 +60,13 @@ async def chat_completions(raw_request: Request) -> Response:
     body = await read_body(raw_request, ChatRequest)
     own.check_model(body.model)
     own.check_seed(body.seed, body.temperature)
-    seconds = own.settings.request_seconds
-    answer = await attended(raw_request, _answer(own, body, raw_request), seconds)
+    deadline = deadline_in(own.settings.request_seconds)
+    answer = await attended(raw_request, _answer(own, body, raw_request), deadline)
     if isinstance(answer, ErrorResponse):
         error = answer.error
         raise APIError(error.code, error.message, param=error.param)
     if hasattr(answer, "__anext__"):
-        return stream_response(raw_request, answer, seconds)
+        return stream_response(raw_request, answer, deadline)
     note(raw_request, prompt_tokens=answer.usage.prompt_tokens, completion_tokens=answer.usage.completion_tokens)
     return JSONResponse(answer.model_dump())
 

@@ -13,7 +13,7 @@ from garserve.errors import InputError
 from garserve.generation import Sampling
 from garserve.inputs.regions import Region
 from garserve.serving import metrics
-from garserve.serving.answering import DONE, as_api_error, attended, event, read_body, stream_response
+from garserve.serving.answering import DONE, as_api_error, attended, deadline_in, event, read_body, stream_response
 from garserve.serving.errors import APIError
 from garserve.serving.openapi import documented
 from garserve.serving.preparation import Picture, check_count
@@ -42,12 +42,12 @@ async def describe_regions(raw_request: Request) -> Response:
     body = await read_body(raw_request, DescribeRequest)
     own.check_model(body.model)
     own.check_seed(body.seed, body.temperature)
-    seconds = own.settings.request_seconds
+    deadline = deadline_in(own.settings.request_seconds)
     job = _Job(own, body, raw_request)
     if body.stream:
-        first = await attended(raw_request, job.begin(), seconds)
-        return stream_response(raw_request, job.events(first), seconds)
-    return JSONResponse(await attended(raw_request, job.whole(), seconds))
+        first = await attended(raw_request, job.begin(), deadline)
+        return stream_response(raw_request, job.events(first), deadline)
+    return JSONResponse(await attended(raw_request, job.whole(), deadline))
 
 
 class _Job:
