@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -92,15 +93,19 @@ def _server() -> Iterator[tuple[str, int]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "garserve", "serve", "tiny", "--port", str(port)]
-    with Path(os.devnull).open("wb") as nowhere:
-        process = subprocess.Popen(command, stderr=nowhere)  # noqa: S603  (this Python, and a number)
+    log = Path(tempfile.mkstemp(suffix=".log")[1])
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stderr=out)  # noqa: S603  (this Python, and a number)
     url = f"http://127.0.0.1:{port}"
     try:
         asyncio.run(_until_ready(url, process))
         yield url, process.pid
         process.send_signal(signal.SIGTERM)
         if process.wait(90):
-            raise SystemExit("the server did not end in order: no figures")
+            raise SystemExit(f"the server did not end in order ({log}): no figures")
+    except (aiohttp.ClientError, SystemExit):
+        sys.stderr.write(log.read_text(errors="replace")[-3000:])
+        raise
     finally:
         process.kill()
 

@@ -31,7 +31,7 @@ def processor() -> Processor:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    ids=st.lists(st.integers(0, 901), max_size=30), cuts=st.lists(st.integers(1, 4), min_size=30), ended=st.booleans()
+    ids=st.lists(st.integers(0, 901), max_size=30), cuts=st.lists(st.integers(1, 4), min_size=31), ended=st.booleans()
 )
 def test_pieces_of_a_text_are_the_text(processor: Processor, ids: list[int], cuts: list[int], ended: bool) -> None:
     """Whatever tokens come in whatever portions, bytes of half characters and control tokens among them."""
