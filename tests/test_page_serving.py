@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from garserve.engine import Engine
 from tests.browser import CHROMIUM, NO_CHROMIUM, Page, browsing
@@ -49,6 +50,7 @@ def sent(page: Page) -> dict[str, Any]:
 
 def keep(page: Page, name: str) -> None:
     if folder := os.environ.get("GARSERVE_SCREENSHOTS"):
+        page.run("document.activeElement.blur()")
         time.sleep(0.5)  # until colours have faded over
         page.screenshot(Path(folder) / name)
 
@@ -98,20 +100,25 @@ def test_the_sample_is_described_at_one_click(page: Page, tiny_reference: Engine
     draw(page, "box", (320, 235), (412, 335))
     page.press("r")
     page.wait("document.querySelector('#regions li:last-child .kind').textContent === 'Box, refined'")
+    assert np.allclose(sent(page)["region"]["box"], [320, 235, 412, 335], atol=1)
+    page.press("d")
+    page.wait(DONE.format(8))
+    regions = sent(page)["regions"]
+    assert "rle" in regions[3]
+    expected = [answer.text for answer in tiny_reference.describe(PHOTO, regions)]
+    found = page.run("[...document.querySelectorAll('article:last-child .row .answer')].map((one) => one.innerText)")
+    assert found == expected
     keep(page, "page-dark.jpg")
-    rle = json.loads(page.run("sent.at(-1)[1]"))
-    assert rle["region"]["box"][0] == pytest.approx(320, abs=1)
     page.window(390, 844, mobile=True, density=2)
     keep(page, "page-mobile.jpg")
 
 
-def test_the_servers_refusal_is_shown(page: Page) -> None:
-    show(page)
-    draw(page, "box", (100, 100), (200, 200))
-    page.click("#question")
-    page.type("word " * 25_000)
-    page.press("Enter")
+def test_the_servers_refusal_is_shown(page: Page, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (1360, 1360, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")  # 5.5 MB; the server takes 5
+    show(page, tmp_path / "noise.png")
+    draw(page, "box", (100, 100), (900, 900))
+    page.click("#describe")
     page.see(".answer[data-state=failed]")
-    assert page.text(".notice.error")
-    page.wait("document.getElementById('question').value.startsWith('word word')")
-    page.complaints[:] = [one for one in page.complaints if "status of 400" not in one]  # the browser notes it itself
+    assert page.text(".notice.error") == "image_url: more than 5242880 bytes"
+    page.complaints[:] = [one for one in page.complaints if "status of 413" not in one]  # the browser notes it itself

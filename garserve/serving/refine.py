@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from garserve.errors import InputError, RequestError
 from garserve.inputs.regions import Region
 from garserve.inputs.shapes import Mask
-from garserve.serving.answering import attended, read_body
+from garserve.serving.answering import attended, deadline_in, read_body
 from garserve.serving.errors import APIError
 from garserve.serving.openapi import documented
 from garserve.serving.regions import drawable, parse_regions
@@ -109,7 +109,8 @@ async def refine_region(raw_request: Request) -> Response:
     """Find the object that a region marks; where none is found, the region is answered as it was drawn."""
     own = service(raw_request)
     body = await read_body(raw_request, RefineRequest)
-    return JSONResponse(await attended(raw_request, _refine(own, body), own.settings.request_seconds))
+    deadline = deadline_in(own.settings.request_seconds)
+    return JSONResponse(await attended(raw_request, _refine(own, body), deadline))
 
 
 async def _refine(own: Service, body: RefineRequest) -> dict[str, Any]:
