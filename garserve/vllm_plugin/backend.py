@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from garserve.checkpoint import Checkpoint
-from garserve.errors import GarserveError
+from garserve.errors import GarserveError, RequestError
 from garserve.generation import OnReport, Sampling
 from garserve.inputs.processor import PreparedRequest
 from garserve.model.tile_cache import DEFAULT_GB, TileCache, TileCounts
@@ -88,8 +88,8 @@ class VLLMBackend:
     def submit(self, prepared: PreparedRequest, sampling: Sampling, on_report: OnReport) -> Callable[[], None]:
         """Queue a request; reports come from the engine's thread. Returns a function that cancels it.
 
-        Raises RequestError for a seed that would stop the engine: vLLM's CPU build ends with «CPU Generator does not use
-        offset» where a prompt with a seed is prefilled in parts.
+        Raises RequestError for a seed that would stop the engine: vLLM's CPU build ends with «CPU Generator does not
+        use offset» where a prompt with a seed is prefilled in parts.
         """
         scheduler = self.driver.engine.vllm_config.scheduler_config
         if sampling.seed is not None and sampling.temperature and self._on_cpu and scheduler.enable_chunked_prefill:
