@@ -95,7 +95,7 @@ def test_bad_lines_become_error_rows_and_the_others_go_on(reference: Engine, min
         13: "question: Input should be a valid string",
         15: "max_tokens: expected at least 1 (and at most 1000000), got 0",
         16: "choices: only with a question",
-        17: "request cannot be prepared",
+        17: "rle: size: expected the image's [height, width] [90, 140], got [inf, 80]",
         18: "request cannot be prepared",
         19: "request cannot be prepared",
         20: "unknown field 'questoin', did you mean 'question'?",
