@@ -18,7 +18,7 @@ from garserve.errors import GarserveError, RequestError
 _ROWS = 1000  # of a row group
 _NUMBERS = ("prompt_tokens", "cached_tokens", "answer_tokens")
 _SECONDS = ("prepare_s", "engine_s")
-_TEXTS = ("text", "error", "finish_reason", "form", "image", "category", "question", "place")
+_TEXTS = ("text", "error", "finish_reason", "form", "image", "category", "question", "place", "request")
 
 
 def check_coco(source: Path, form: Format | None, target: Path) -> None:
