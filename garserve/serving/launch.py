@@ -46,7 +46,8 @@ def serve(launch: Launch) -> int:
     opened = Checkpoint.open(launch.checkpoint)
     if launch.box_scale is not None:
         opened = replace(opened, config=opened.config.with_box_scale(launch.box_scale))
-    vision = choose_vision(opened, launch.vision_backend, launch.vision_model)
+    dtype = launch.engine_options.get("dtype", "auto")
+    vision = choose_vision(opened, launch.vision_backend, launch.vision_model, dtype=dtype)
     quiet(verbose=launch.verbose)
     _prepare_environment()
     arguments = _arguments(launch, opened, vision)
