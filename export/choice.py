@@ -64,18 +64,22 @@ def open_vision(checkpoint: Checkpoint, choice: Choice) -> "OnnxVision":
 def _fastest(checkpoint: Checkpoint, dtype: object) -> Choice | None:
     """Choose where nobody did. What cannot be exported stays in torch."""
     from garserve.export.fastest import may_measure, onnx_is_faster
+    from garserve.model.onnx_file import model_path
+    from garserve.model.onnx_vision import check_model, find_provider
 
     if not may_measure(checkpoint):
         return None
     name = str(dtype).removeprefix("torch.")
     name = _DTYPES.get(name, checkpoint.config.dtype)
     try:
-        exported = _kept_export(checkpoint, vision_fingerprint(checkpoint))
+        fingerprint = vision_fingerprint(checkpoint)
+        exported = _kept_export(checkpoint, fingerprint)
+        check_model(exported, fingerprint)
         if not onnx_is_faster(checkpoint, exported, name):
             return None
-        return choose_vision(checkpoint, "onnx:cpu", exported)
-    except (OnnxError, OSError) as error:
-        _log.warning("the tower stays in torch: no export to compare it with could be made (%s)", error)
+        return model_path(exported).resolve(), find_provider("cpu")
+    except (OnnxError, OSError, RuntimeError) as error:  # RuntimeError: torch's, for a dtype that it cannot compute in
+        _log.warning("the tower stays in torch: it could not be compared with an exported one (%s)", error)
         return None
 
 
