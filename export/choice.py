@@ -64,6 +64,7 @@ def open_vision(checkpoint: Checkpoint, choice: Choice) -> "OnnxVision":
 def _fastest(checkpoint: Checkpoint, dtype: object) -> Choice | None:
     """Choose where nobody did. What cannot be exported stays in torch."""
     from garserve.export.fastest import may_measure, onnx_is_faster
+
     from garserve.model.onnx_file import model_path
     from garserve.model.onnx_vision import check_model, find_provider
 
