@@ -35,7 +35,7 @@ def main() -> int:
                 break
             time.sleep(0.5)
         return subprocess.call(  # noqa: S603  (the program that the user named)
-            [program, "run", f"{url}/openapi.json", "--checks", CHECKS, "--max-examples", examples, "--workers", "4"]
+            [program, "run", f"{url}/openapi.json", "--checks", CHECKS, "--max-examples", examples, "--workers", "1"]
         )
     finally:
         server.terminate()
