@@ -11,6 +11,7 @@ from garserve.inputs.processor import Processor
 from garserve.inputs.prompts import stop_token_id
 from garserve.inputs.request import RegionRequest
 from garserve.model.reference import ReferenceGAR
+from garserve.model.vision import apply_rope, turn
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +144,13 @@ def test_small_and_extreme_images(model: ReferenceGAR, processor: Processor) -> 
         prepared = processor(RegionRequest(image, [np.ones(shape, bool)]))
         tokens, _ = model.generate([prepared], [2], -1)
         assert len(tokens[0]) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_turning_pairs_as_complex_numbers_is_the_definition(dtype: torch.dtype) -> None:
+    """Bit for bit, on a view that is not contiguous, as the attention has it."""
+    whole = torch.randn(3, 50, 3, 4, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    tokens = whole.permute(2, 0, 3, 1, 4)[1][:, :, 1:]
+    angles = torch.randn(49, 16, generator=torch.Generator().manual_seed(1)).repeat_interleave(2, dim=-1)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    assert torch.equal(turn(tokens, cos, sin), apply_rope(tokens, cos, sin))

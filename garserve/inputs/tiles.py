@@ -5,6 +5,7 @@ The rules are those of Perception-LM's image processor as the authors run it (th
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,25 +107,33 @@ def tile_image(image: NDArray[np.uint8], max_tiles: int, tile_size: int) -> Tile
     return TiledImage(tiles.contiguous(), grid, height, width)
 
 
-def _nearest_index(out_size: int, in_size: int) -> torch.Tensor:
+def _nearest_index(out_size: int, in_size: int) -> NDArray[np.int64]:
     """Source index of each output index, all in float32 as upstream computes it (float64 picks other pixels)."""
-    scale = torch.tensor(in_size, dtype=torch.float32) / torch.tensor(out_size, dtype=torch.float32)
-    index = torch.floor(torch.arange(out_size, dtype=torch.float32) * scale).long()
-    return index.clamp_(max=in_size - 1)
+    scale = np.float32(in_size) / np.float32(out_size)
+    index = np.floor(np.arange(out_size, dtype=np.float32) * scale).astype(np.int64)
+    return np.minimum(index, in_size - 1)
+
+
+def _pick_nearest(ids: NDArray[Any], height: int, width: int) -> NDArray[Any]:
+    rows, columns = _nearest_index(height, ids.shape[0]), _nearest_index(width, ids.shape[1])
+    return ids[rows].take(columns, axis=1)
 
 
 def resize_nearest(ids: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Resize [H, W] of any dtype to [height, width], each output taking one source pixel."""
-    rows, columns = _nearest_index(height, ids.shape[0]), _nearest_index(width, ids.shape[1])
-    return ids[rows][:, columns]
+    return torch.from_numpy(_pick_nearest(ids.numpy(), height, width))
 
 
 def tile_mask(mask: NDArray[np.bool_], grid: Grid, tile_size: int) -> torch.Tensor:
-    """Cut a boolean mask [H, W] like its image: bool [1 + across*down, S, S], the thumbnail's first."""
-    whole = torch.from_numpy(np.require(mask, requirements=["C", "W"]))
-    thumbnail = resize_nearest(whole, tile_size, tile_size)[None]
-    canvas = resize_nearest(whole, grid[1] * tile_size, grid[0] * tile_size)
-    return torch.cat([thumbnail, _split(canvas[None], grid, tile_size)[:, 0]])
+    """Cut a boolean mask [H, W] like its image: bool [1 + across*down, S, S], the thumbnail's first.
+
+    By numpy: torch's threads would wait here for the cores on which an engine computes.
+    """
+    across, down = grid
+    thumbnail = _pick_nearest(mask, tile_size, tile_size)[None]
+    canvas = _pick_nearest(mask, down * tile_size, across * tile_size)
+    cut = canvas.reshape(down, tile_size, across, tile_size).swapaxes(1, 2).reshape(-1, tile_size, tile_size)
+    return torch.from_numpy(np.concatenate([thumbnail, cut]))
 
 
 def pack_mask(mask_tiles: torch.Tensor) -> torch.Tensor:
