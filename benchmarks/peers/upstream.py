@@ -3,7 +3,8 @@
 Written from a description of what their code does, and equal to what it gave (tests/test_peers.py). Where the authors'
 stack leaves a choice, the faster one is taken: fused attention in the tower (timm's own) and in the decoder (theirs is
 eager), and the region align as two small matrix products, which take less time than torchvision's loop. Tower and
-decoder are the very modules of garserve's reference: peers differ in what they compute, not in how a block is written.
+decoder are the modules of garserve's reference, so peers differ in what they compute and hardly in how a block is
+written: only the rotary positions are turned as timm turns them, where garserve takes one pass (bitwise equal).
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from garserve.checkpoint import Checkpoint
 from garserve.inputs.prompts import stop_token_id
 from garserve.inputs.tokenizer import GARTokenizer
 from garserve.model.reference import ReferenceGAR
+from garserve.model.vision import apply_rope
 from peers.upstream_inputs import Inputs, Question, UpstreamInputs
 
 _SAMPLES = 2  # of a bin, along each side
@@ -31,6 +33,8 @@ class UpstreamGAR:
         self.stop_id = stop_token_id(GARTokenizer(checkpoint.folder / "tokenizer.json", checkpoint.config))
         held = ReferenceGAR.load(checkpoint, dtype)
         self.tower, self.projector, self.decoder = held.encoder.tower, held.encoder.projector, held.language_model
+        for block in self.tower.blocks:
+            block.attn.turn = apply_rope
 
     def answer(self, question: Question, max_tokens: int) -> list[int]:
         """Return the greedy tokens of one answer, the stop token with them where it was reached."""

@@ -124,6 +124,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.prefix = int(config.class_token)
+        self.turn = turn
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.proj = nn.Linear(config.width, config.width)
 
@@ -138,8 +139,8 @@ class Attention(nn.Module):
 
     def _rotate(self, tokens: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         if not self.prefix:
-            return turn(tokens, cos, sin)
-        return torch.cat([tokens[:, :, : self.prefix], turn(tokens[:, :, self.prefix :], cos, sin)], dim=2)
+            return self.turn(tokens, cos, sin)
+        return torch.cat([tokens[:, :, : self.prefix], self.turn(tokens[:, :, self.prefix :], cos, sin)], dim=2)
 
 
 class Projector(nn.Module):
