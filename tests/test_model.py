@@ -148,9 +148,12 @@ def test_small_and_extreme_images(model: ReferenceGAR, processor: Processor) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_turning_pairs_as_complex_numbers_is_the_definition(dtype: torch.dtype) -> None:
-    """Bit for bit, on a view that is not contiguous, as the attention has it."""
+    """On a view that is not contiguous, as the attention has it.
+
+    Bit for bit with AVX2; where a compiler fuses a product with the sum, float32 may round once less.
+    """
     whole = torch.randn(3, 50, 3, 4, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
     tokens = whole.permute(2, 0, 3, 1, 4)[1][:, :, 1:]
     angles = torch.randn(49, 16, generator=torch.Generator().manual_seed(1)).repeat_interleave(2, dim=-1)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    assert torch.equal(turn(tokens, cos, sin), apply_rope(tokens, cos, sin))
+    torch.testing.assert_close(turn(tokens, cos, sin), apply_rope(tokens, cos, sin), rtol=0, atol=1e-6)

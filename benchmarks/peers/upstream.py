@@ -4,7 +4,7 @@ Written from a description of what their code does, and equal to what it gave (t
 stack leaves a choice, the faster one is taken: fused attention in the tower (timm's own) and in the decoder (theirs is
 eager), and the region align as two small matrix products, which take less time than torchvision's loop. Tower and
 decoder are the modules of garserve's reference, so peers differ in what they compute and hardly in how a block is
-written: only the rotary positions are turned as timm turns them, where garserve takes one pass (bitwise equal).
+written: only the rotary positions are turned as timm turns them, where garserve takes one pass.
 """
 
 from collections.abc import Sequence

@@ -85,7 +85,7 @@ def apply_rope(tokens: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> to
 def turn(tokens: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate as `apply_rope` does; in float32 on a CPU pairs are multiplied as complex numbers, in one pass over them.
 
-    The products and sums are the same ones.
+    The products and sums are the same ones (with AVX2 to the last bit).
     """
     if tokens.dtype != torch.float32 or tokens.device.type != "cpu":
         return apply_rope(tokens, cos, sin)
