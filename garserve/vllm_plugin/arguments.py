@@ -45,6 +45,7 @@ def engine_arguments(
         "enable_prefix_caching": True,
         "hf_overrides": {"replay_box_scale": config.replay_box_scale, "tile_cache_gb": tile_cache_gb, **exported},
         "worker_extension_cls": "garserve.vllm_plugin.worker.WorkerExtension",
+        "scheduler_cls": "garserve.vllm_plugin.scheduler.make_scheduler",
     }
     if in_process:
         chosen["mm_processor_cache_gb"] = 0  # nothing is sent anywhere, so there is nothing to save

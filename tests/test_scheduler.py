@@ -1,0 +1,50 @@
+"""Requests about one image that are asked together find its tokens in the prefix cache, however full a step is."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import garserve
+from garserve.bench.workload import Workload, make_workload
+
+pytest.importorskip("vllm", reason="vLLM is not installed (pip install garserve[cpu] or garserve[gpu])")
+pytestmark = pytest.mark.vllm
+
+GROUP, BLOCK, IMAGE = 4, 32, 128  # regions of a group; tokens of a KV block and of the image
+
+
+def _groups() -> Workload:
+    """Twelve questions in three groups, each of which has an image item of its own."""
+    return make_workload("dense", 1, (640, 480), max_tokens=8, group=GROUP, regions=3 * GROUP)
+
+
+def _answers(**options: Any) -> list[garserve.Answer]:
+    options |= {"dtype": "float32", "block_size": BLOCK}
+    with garserve.load("tiny", "vllm", max_num_batched_tokens=128, **options) as engine:
+        return list(engine.describe_many(_groups().requests))
+
+
+def test_all_of_a_group_but_its_first_share_the_image() -> None:
+    patient, impatient = _answers(), _answers(scheduler_cls=None)
+    cached = [answer.cached_tokens for answer in patient]
+    before_image = cached[GROUP]  # of the second group's first request, which has an image item of its own
+    followers = [tokens for position, tokens in enumerate(cached) if position % GROUP]
+    assert min(followers) >= before_image + IMAGE - BLOCK
+    lost = [answer.cached_tokens for answer in impatient].count(before_image) - cached.count(before_image)
+    assert lost > 0, "vLLM's own scheduler shares as much: ours has nothing left to do"
+    assert [answer.token_ids for answer in patient] == [answer.token_ids for answer in impatient]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_scheduler_is_of_the_kind_that_vllm_would_take(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config.scheduler import SchedulerConfig
+
+    from garserve.vllm_plugin import scheduler
+
+    monkeypatch.setattr(scheduler.Scheduler, "__init__", lambda self, **given: None)
+    monkeypatch.setattr(scheduler.AsyncScheduler, "__init__", lambda self, **given: None)
+    config = SchedulerConfig.default_factory(async_scheduling=ahead)
+    made = scheduler.make_scheduler(vllm_config=SimpleNamespace(scheduler_config=config))
+    assert isinstance(made, config.get_scheduler_cls())
+    assert isinstance(made, scheduler.PatientAsyncScheduler) == ahead
