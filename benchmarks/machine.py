@@ -5,7 +5,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from garserve.bench.machine import machine
+from garserve.openmp import prefer_intel
+
+prefer_intel()  # before torch comes: for garserve and for its peers
+
+from garserve.bench.machine import machine  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 

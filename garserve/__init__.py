@@ -7,6 +7,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from garserve.openmp import prefer_intel
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -43,11 +45,14 @@ _HOMES = {
     "Region": "inputs.regions",
     "RegionRequest": "inputs.request",
 }
+_NEED_TORCH = ("engine", "inputs.encoded", "inputs.request")
 __all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
     # Names are fetched when they are used: torch and vllm take seconds to import, `import garserve` does not.
     if name in _HOMES:
+        if _HOMES[name] in _NEED_TORCH:
+            prefer_intel()
         return getattr(import_module(f"garserve.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'garserve' has no attribute {name!r}")

@@ -50,6 +50,7 @@ from garserve.cli_report import report
 from garserve.cli_serve import serve
 from garserve.cli_shared import console, open_engine, status_console
 from garserve.errors import GarserveError
+from garserve.openmp import prefer_intel
 
 if TYPE_CHECKING:
     from garserve.engine import Answer
@@ -174,6 +175,7 @@ def demo(
 
 def main() -> None:
     """Run the command line; an error that garserve raised on purpose is one line, and exit code 2."""
+    prefer_intel()
     if not {"-v", "--verbose"} & set(sys.argv):
         import warnings
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from garserve import openmp
 from garserve.config import parse_config
 from garserve.inputs.roi import replay_roi
 from garserve.kernels.roi_replay_ref import roi_replay_ref
@@ -54,6 +55,8 @@ def examine() -> Iterator[Check]:
     for package in _PACKAGES:
         yield Check(package, _version(package))
     yield Check("device", _device())
+    if not torch.cuda.is_available():
+        yield Check("OpenMP", _openmp())
     yield _check_replay()
     yield _check_plugin()
 
@@ -70,6 +73,14 @@ def _device() -> str:
         names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
         return f"{torch.cuda.device_count()} x {', '.join(sorted(names))}, CUDA {torch.version.cuda}"
     return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _openmp() -> str:
+    if openmp.prefer_intel():
+        return "Intel's (libiomp5)"
+    if openmp.library() is None:
+        return "torch's own; small models decode faster with Intel's, which garserve[cpu] brings on x86"
+    return "torch's own, for torch was imported before garserve; Intel's is there"
 
 
 def _check_replay() -> Check:

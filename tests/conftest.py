@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from garserve.openmp import prefer_intel
+
+prefer_intel()  # before a test imports torch, as `garserve` does for whoever begins with it
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if os.environ.get("GARSERVE_TEST_DEVICE", "cpu") == "cpu":  # before any import of triton: kernels run on CPU tensors
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "garserve": 0,  # the package itself: lazy names only
     "garserve.errors": 0,
+    "garserve.openmp": 0,
     "garserve.config": 1,
     "garserve.presets": 1,
     "garserve.generation": 1,

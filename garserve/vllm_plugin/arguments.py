@@ -13,6 +13,7 @@ from garserve.config import GARConfig
 from garserve.errors import RequestError
 from garserve.generation import Sampling
 from garserve.model.tile_cache import DEFAULT_GB
+from garserve.openmp import environment as openmp_environment
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -92,6 +93,8 @@ def engine_environment(ranks: int, *, separate_process: bool) -> Iterator[None]:
 
     `ranks` is the number of workers on this machine that share its cores.
     """
+    from vllm.platforms import current_platform
+
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     share = max(len(cores) // ranks, 1)
     shares = [cores[i * share % len(cores) :][:share] for i in range(ranks)]
@@ -103,6 +106,8 @@ def engine_environment(ranks: int, *, separate_process: bool) -> Iterator[None]:
     if os.environ.get("VLLM_LOGGING_LEVEL") == "ERROR":  # for the processes that vLLM starts
         wanted |= {"PYTHONWARNINGS": "ignore::FutureWarning", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     changed = {name: value for name, value in wanted.items() if name not in os.environ}
+    if separate_process and current_platform.is_cpu():
+        changed |= openmp_environment()
     # By this one vLLM chooses its process mode, and on a CPU its executor; it is read anew for each engine.
     changed["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if separate_process else "0"
     before = {name: os.environ.get(name) for name in changed}

@@ -17,6 +17,7 @@ from garserve.model.encoder import RegionEncoder
 from garserve.model.fingerprint import VISION_PREFIXES, vision_fingerprint
 from garserve.model.onnx_vision import OnnxVision
 from garserve.tracing import span
+from garserve.vllm_plugin.cpu_kernels import use_cpu_kernels
 from garserve.vllm_plugin.multimodal import (
     IMAGE_TOKEN,
     GARDummyInputs,
@@ -62,6 +63,7 @@ class GARForRegions(nn.Module, SupportsMultiModal, SupportsPP):
                 prefix=maybe_prefix(prefix, "language_model"),
                 architectures=["LlamaForCausalLM"],
             )
+        use_cpu_kernels(self.language_model, vllm_config)
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
     def embed_multimodal(
