@@ -41,7 +41,7 @@ def prefer_intel() -> bool:
 def environment() -> dict[str, str]:
     """Return the variables by which Python processes that are started from here get it, too.
 
-    GNU's runtime, which vLLM leaves in LD_PRELOAD where it finds no other there, makes room: vLLM refuses both together.
+    GNU's runtime, which vLLM leaves in LD_PRELOAD where it finds no other there, makes room: vLLM takes one of the two.
     """
     path, before = library(), os.environ.get("LD_PRELOAD", "").split(":")
     if path is None or any("libiomp5" in other for other in before):
