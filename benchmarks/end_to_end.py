@@ -18,9 +18,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 from machine import save, saved
-from peers.batched import BatchedGAR
-from peers.upstream import UpstreamGAR
-from peers.upstream_inputs import Question
+from peers.answers import Peers, PeersApart
 from rich.console import Console
 from rich.table import Table
 
@@ -29,13 +27,11 @@ from garserve.bench.cost import prefill_flops, tile_flops
 from garserve.bench.machine import peaks
 from garserve.bench.workload import DENSE, make_workload
 from garserve.checkpoint import Checkpoint, resolve
-from garserve.inputs.processor import draw_masks
 from garserve.inputs.request import RegionRequest
 from garserve.inputs.tiles import choose_grid
 from garserve.model.random_checkpoint import write_random_checkpoint
 
 _SIZES = {"tiny": (640, 480), "GAR-1B": (1792, 1792)}
-_SINGLE = 1  # number of the region in the single-region form
 console = Console()
 
 
@@ -63,6 +59,9 @@ def main(
     batch: Annotated[int, typer.Option(min=0, help="Batch size of the careful user; 0 leaves the peer out.")] = 4,
     max_tokens: Annotated[int, typer.Option(min=1)] = 48,
     tile_reuse: Annotated[bool, typer.Option(help="Without: what vLLM's own features give, no tile kept.")] = True,
+    apart: Annotated[
+        bool, typer.Option("--apart/--together", help="Peers in a process of their own, with torch's OpenMP, or here.")
+    ] = True,
     save_results: Annotated[
         bool, typer.Option("--save", help="Add the rounds to benchmarks/results/.../end_to_end.json.")
     ] = False,
@@ -71,12 +70,13 @@ def main(
     with ExitStack() as stack:
         folder = _checkpoint(model, depth, layers, stack)
         checkpoint = Checkpoint.open(folder)
+        peers = PeersApart(folder) if apart else Peers(folder)
         width, height = size = _SIZES[model]
         engine = stack.enter_context(
             garserve.load(folder, dtype="float32", block_size=32, tile_cache_gb=0.5 if tile_reuse else 0.0)
         )
         known: list[tuple[int, int]] = []
-        sides = _sides(checkpoint, engine, known, peer_regions, batch)
+        sides = _sides(peers, engine, known, peer_regions, batch)
         limits = []
         across, down = choose_grid(width, height, engine.processor.max_num_tiles, checkpoint.config.tile_size)
         tiles = 1 + across * down
@@ -93,6 +93,7 @@ def main(
     figures = _figures(sides, limits)
     title = f"{model}, {workload}{f' of {regions}' if workload == 'dense' else ''}, groups of {group}"
     title += "" if tile_reuse else ", no tile kept"
+    title += "" if apart else ", peers in garserve's process"
     _print(title, figures)
     if save_results:
         shape = f"depth {depth}, layers {layers}" if model != "tiny" else "whole"
@@ -100,11 +101,13 @@ def main(
             f"python benchmarks/end_to_end.py --model {model} --workload {workload} --regions {regions} --group {group}"
         )
         command += f" --depth {depth} --layers {layers}" if model != "tiny" else ""
+        command += "" if apart else " --together"
+        where = "in a process of their own" if apart else "in garserve's process"
         conditions = (
             "float32, greedy, equal tokens; rates are requests a second, ratios medians of those of each round; vLLM "
             "with KV blocks of 32 tokens; upstream: one request at a time, careful batch: batches of one image"
         )
-        entry = {"command": f"{command} --max-tokens {max_tokens}", "shape": shape, **figures}
+        entry = {"command": f"{command} --max-tokens {max_tokens}", "shape": shape, "peers": where, **figures}
         print(save("end_to_end", _merged(title, entry), conditions))
 
 
@@ -117,35 +120,20 @@ def _checkpoint(model: str, depth: int | None, layers: int | None, stack: ExitSt
 
 
 def _sides(
-    checkpoint: Checkpoint, engine: garserve.Engine, known: list[tuple[int, int]], peer_regions: int, batch: int
+    peers: Peers | PeersApart, engine: garserve.Engine, known: list[tuple[int, int]], peer_regions: int, batch: int
 ) -> list[Side]:
     """Return those compared; garserve's leaves in `known` how many tokens each prompt had, and how many were cached."""
-    upstream = UpstreamGAR(checkpoint)
-    careful = BatchedGAR.sharing(upstream)
 
     def ours(requests: Sequence[RegionRequest]) -> list[list[int]]:
         answers = list(engine.describe_many(requests))
         known[:] = [(answer.prompt_tokens, answer.cached_tokens) for answer in answers]
         return [answer.token_ids for answer in answers]
 
-    def theirs(requests: Sequence[RegionRequest]) -> list[list[int]]:
-        return [upstream.without_stop(upstream.answer(_question(one), one.max_tokens)) for one in requests]
-
     def batched(requests: Sequence[RegionRequest]) -> list[list[int]]:
-        found = careful.answers([_question(one) for one in requests], requests[0].max_tokens, batch)
-        return [careful.without_stop(tokens) for tokens in found]
+        return peers.batched(requests, batch)
 
-    sides = [Side("garserve", ours, None), Side("upstream", theirs, peer_regions)]
+    sides = [Side("garserve", ours, None), Side("upstream", peers.upstream, peer_regions)]
     return [*sides, Side("careful batch", batched, max(peer_regions, batch))] if batch else sides
-
-
-def _question(request: RegionRequest) -> Question:
-    """The same request for a peer: with `focus`, one region is listed and all are marked."""
-    image = request.image
-    masks = draw_masks(request.parsed_regions(), *image.shape[:2])
-    if request.question is None:
-        return Question(image, masks, [_SINGLE])
-    return Question(image, masks, list(range(len(masks))), request.question, request.listed())
 
 
 def _time(side: Side, requests: Sequence[RegionRequest], *, counted: bool) -> None:

@@ -1,10 +1,10 @@
 """Which OpenMP runtime torch gets on a CPU: Intel's, where vLLM's CPU build has brought it.
 
-torch's wheel brings GNU's, whose threads fall asleep between two operations; waking them takes longer than a small
-operation. A decoding step of the tiny checkpoint takes 7.0 ms with it and 3.4 ms with Intel's (two cores), whose
-threads look out for work for a while. The symbols of both are the same, and the one that is loaded first and globally
-is taken: so this has to come before torch. It is what preloading libiomp5 does, which vLLM recommends, without a new
-process.
+torch's wheel brings GNU's. Where a process has more of its threads than cores (those of the thread that steps the
+engine, and those of its callers'), they fall asleep after each operation, and waking them takes longer than a small
+operation: a decoding step of the tiny checkpoint takes 7.0 ms, and 3.4 ms with Intel's, whose threads look out for work
+for a while (two cores). The symbols of both are the same, and the one that is loaded first and globally is taken: so
+this has to come before torch. It is what preloading libiomp5 does, which vLLM recommends, without a new process.
 """
 
 import ctypes
@@ -14,6 +14,8 @@ from pathlib import Path
 
 OFF = "GARSERVE_OPENMP"
 _MILLISECONDS = "10"  # that an idle thread looks out; 200 by itself, in which it would keep a core from others
+
+_MAPS = Path("/proc/self/maps")  # the files that this process has in its memory
 
 
 def library() -> Path | None:
@@ -28,7 +30,7 @@ def prefer_intel() -> bool:
     if _is_loaded():
         return True
     path = library()
-    if path is None or "torch" in sys.modules:
+    if path is None or "torch" in sys.modules or _another(path):
         return False
     os.environ.setdefault("KMP_BLOCKTIME", _MILLISECONDS)
     try:
@@ -51,6 +53,12 @@ def environment() -> dict[str, str]:
         "LD_PRELOAD": ":".join([*others, str(path)]),
         "KMP_BLOCKTIME": os.environ.get("KMP_BLOCKTIME", _MILLISECONDS),
     }
+
+
+def _another(path: Path) -> bool:
+    """Say whether a file other than this one has brought an Intel or LLVM runtime: a second one ends the process."""
+    names = {line.split(maxsplit=5)[-1].strip() for line in _MAPS.read_text().splitlines() if "omp" in line}
+    return any(Path(name).name.startswith(("libiomp5", "libomp")) and Path(name) != path.resolve() for name in names)
 
 
 def _is_loaded() -> bool:

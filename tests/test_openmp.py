@@ -54,6 +54,18 @@ def test_processes_that_are_started_get_it_by_their_environment(monkeypatch: pyt
     assert "Intel(R) OMP" in _run(_SUM, LD_PRELOAD=str(openmp.library())).stderr
 
 
+@needs_intel
+def test_beside_another_runtime_it_stays_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As a numpy with MKL from conda may have brought it."""
+    maps, own = tmp_path / "maps", openmp.library()
+    assert own is not None
+    monkeypatch.setattr(openmp, "_MAPS", maps)
+    line = "7f2b5f400000-7f2b5f421000 r--p 00000000 fe:00 1235 "
+    for name, another in ((own.resolve(), False), ("/usr/lib/libgomp.so.1", False), ("/opt/mkl/lib/libiomp5.so", True)):
+        maps.write_text(f"{line}  /usr/lib/libc.so.6\n{line}  {name}\n7ffc2000-7ffc3000 rw-p 00000000 00:00 0\n")
+        assert openmp._another(own) == another
+
+
 def test_without_the_library_nothing_happens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(openmp.sys, "prefix", str(tmp_path))
     monkeypatch.delenv("LD_PRELOAD", raising=False)

@@ -86,6 +86,21 @@ def test_peers_say_what_garserve_says(peers: Any) -> None:
     assert one.answer(peers.Question(image, masks[:2], [0, 1], relation), 40) == [*related, stop]
 
 
+def test_peers_in_a_process_of_their_own_say_the_same(peers: Any) -> None:
+    from peers.answers import Peers, PeersApart
+
+    image = load_image(ROOT / "garserve" / "data" / "coffee.jpg")
+    boxes = [garserve.Region.from_box(box) for box in ([196, 228, 262, 310], [30, 40, 200, 210])]
+    requests = [garserve.RegionRequest(image, [box], max_tokens=20) for box in boxes]
+    requests += [garserve.RegionRequest(image, boxes, "Where is <Prompt1>?", focus=[1], max_tokens=20)]
+    folder = Checkpoint.open("tiny").folder
+    here, apart = Peers(folder), PeersApart(folder)
+    with garserve.load(backend="reference") as engine:
+        said = [answer.token_ids for answer in engine.describe_many(requests)]
+    assert here.upstream(requests) == apart.upstream(requests) == said
+    assert here.batched(requests[:2], 2) == apart.batched(requests[:2], 2) == said[:2]
+
+
 def test_a_mask_in_the_first_place_keeps_its_pixels(peers: Any) -> None:
     """Where masks overlap the first prompt keeps the pixel; the model sees only their union."""
     inputs = peers.UpstreamGAR(Checkpoint.open("tiny")).inputs
