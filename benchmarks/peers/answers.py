@@ -54,6 +54,7 @@ class PeersApart:
                 os.environ.pop(name, None)
                 if value is not None:
                     os.environ[name] = value
+            theirs.close()  # only their process has it now: where that ends, `recv` says so instead of waiting
         self._pipe.recv()
 
     def upstream(self, requests: Sequence[RegionRequest]) -> list[list[int]]:

@@ -1,0 +1,15 @@
+"""Saved microbenchmarks say what other results say of the machine, and keep statistics instead of every round."""
+
+from typing import Any
+
+import pytest
+
+from garserve.bench.machine import machine
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-benchmark's
+def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
+    """Shorten what `--benchmark-json` writes."""
+    output_json["machine_info"] = machine()
+    for benchmark in output_json["benchmarks"]:
+        benchmark["stats"].pop("data", None)
