@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,39 @@ def test_a_job_that_is_stopped_and_loses_an_engine(mini: Path, tmp_path: Path) -
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert ray_job(plan).run().rows == 0  # without a cluster: nothing is left
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@needs_ray
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_node_that_is_lost(mini: Path, tmp_path: Path, replaced: bool) -> None:
+    """Of two nodes with an engine each, one goes with all its processes: every id has its row, from what is left."""
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 2, "object_store_memory": 80 << 20}
+    source, out = write_requests(tmp_path, COUNT, images=40), tmp_path / "out"
+    plan = plan_of(source, out, mini, max_num_tiles=1, max_tokens=2, in_flight=8)
+    nodes = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    try:
+        other = nodes.add_node(**node)
+        nodes.wait_for_nodes()
+        engines = Engines(nodes.address, count=2, cpus=2, gpus=0)
+        job = RayJob(plan, str(mini), "reference", {"max_num_tiles": 1}, engines, rows_a_part=50)
+        with ThreadPoolExecutor() as pool:  # a node has to be added by the main thread
+            running = pool.submit(job.run)
+            while not (job.totals.rows >= 10 and len(job.pids) == 2) and not running.done():
+                time.sleep(0.005)
+            before = job.totals.rows
+            nodes.remove_node(other, allow_graceful=False)
+            if replaced:
+                nodes.add_node(**node)
+            assert before < running.result().rows == COUNT
+        assert job.stop.reason is None
+    finally:
+        nodes.shutdown()
+    found = list(read_rows(out))
+    assert len(found) == len({row["id"] for row in found}) == COUNT
+    assert not [row for row in found if "error" in row]
+    assert read_manifest(out)["complete"] is True
 
 
 @needs_ray
