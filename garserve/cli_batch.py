@@ -121,7 +121,7 @@ def batch(
     Exit code: 0 all is answered, 1 some rows are errors, 2 nothing was begun, 3 stopped early, 130 interrupted.
     """
     from garserve.batch.limits import Limits, Stop
-    from garserve.batch.outputs import check_coco, check_parquet, write_coco, write_parquet
+    from garserve.batch.outputs import check_apart, check_coco, check_parquet, write_coco, write_parquet
     from garserve.batch.prepare import Preparation
     from garserve.batch.progress import Meter, summary
     from garserve.batch.ray_cluster import Engines
@@ -156,9 +156,10 @@ def batch(
     if metrics_file is not None and not metrics_file.parent.is_dir():
         raise RequestError(f"--metrics-file {metrics_file}: no such folder: {metrics_file.parent}")
     if coco is not None:
-        check_coco(input_path, form, coco)
+        check_coco(input_path, form, coco, each_region=each_region)
     if parquet is not None:
         check_parquet(input_path, parquet)
+    check_apart(input=input_path, output=output, coco=coco, parquet=parquet, metrics_file=metrics_file, ids=ids)
     if ray is None and (engines, engine_cpus, engine_gpus) != (None, None, None):
         raise RequestError("--engines, --engine-cpus and --engine-gpus: only with --ray")
     cluster = None if ray is None else Engines(ray, engines, engine_cpus, engine_gpus)
@@ -245,4 +246,4 @@ def _exit_code(stop: "Stop", totals: "Totals") -> int:
         again = "" if "--mix" in stop.reason else "; the same command goes on"
         status_console.print(f"[red]stopped:[/] {escape(stop.reason)}{again}", soft_wrap=True)
         return STOPPED
-    return SOME_ERRORS if totals.errors else 0
+    return SOME_ERRORS if totals.errors + totals.errors_before else 0

@@ -53,6 +53,9 @@ def serve(
     body_seconds: Annotated[
         float, typer.Option(min=0.1, help="Longest time for a body to arrive.", rich_help_panel=_LIMITS)
     ] = 30,
+    send_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Longest time for a client to take a piece.", rich_help_panel=_LIMITS)
+    ] = 60,
     max_body_mb: Annotated[float, typer.Option(min=0.001, help="Largest body, MiB.", rich_help_panel=_LIMITS)] = 32,
     max_image_mb: Annotated[
         float, typer.Option(min=0.001, help="Largest image file, MiB.", rich_help_panel=_LIMITS)
@@ -101,6 +104,7 @@ def serve(
         max_points=max_points,
         max_queue=max_queue,
         body_seconds=body_seconds,
+        send_seconds=send_seconds,
         request_seconds=request_seconds,
         drain_seconds=drain_seconds,
         image_hosts=tuple(image_host or ()),

@@ -73,6 +73,7 @@ def _images(folder: Path) -> dict[str, Case]:
     return {
         "png that claims 3.6 billion pixels": image_case(png(60_000, 60_000), 400, "too many pixels"),
         "png that is one line of 2 billion": image_case(png(2**31 - 1, 1), 400, "too many pixels"),
+        "png of one column": image_case(png(1, 10_000_000), 400, "a side of more than 65535"),
         "decompression bomb": image_case(real_bomb(), 400, "more than 50000000 pixels"),
         "gif that claims 4 billion pixels": image_case(gif(65535, 65535), 400, "image data URL: "),
         "png with a bomb of text": image_case(png(10, 10, text_bomb), 400, "image data URL: broken"),
@@ -113,6 +114,8 @@ def _places(folder: Path) -> dict[str, Case]:
         "gopher": image_case("gopher://localhost/", 400, "expected data:"),
         "javascript": image_case("javascript:alert(1)", 400, "expected data:"),
         "a bare path": image_case("/etc/passwd", 400, "expected data:"),
+        "a file called data": image_case("data", 400, "expected data:"),
+        "a data URL in capitals": image_case("DATA:image/png;base64,aGVsbG8=", 400, "not an image"),
         "file outside": image_case("file:///etc/passwd", 400, none),
         "file by dots": image_case(f"file://{folder}/../secret.txt", 400, none),
         "file by encoded dots": image_case(f"file://{folder}/%2e%2e/secret.txt", 400, none),

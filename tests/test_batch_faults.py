@@ -8,20 +8,25 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from garserve.batch.bundles import Bundle
+from garserve.batch.feeder import Feeder
+from garserve.batch.job import Job
 from garserve.batch.journal import Journal, OutputError, read_rows
 from garserve.batch.limits import Halt, Stop
 from garserve.batch.pool import WorkerPool
 from garserve.batch.prepare import Preparation, encoded
 from garserve.batch.record import Record
-from garserve.errors import RequestError
+from garserve.batch.run import run_job
+from garserve.errors import GarserveError, RequestError
 from garserve.model.tile_cache import TileCounts
-from tests.batch_data import rows, run_echo, write_requests
+from tests.batch_data import plan_of, rows, run_echo, write_requests
 from tests.conftest import write_lines
 from tests.echo import EchoBackend, echo_engine
 
@@ -324,6 +329,28 @@ def test_an_engine_that_keeps_dying_stops_the_job(
     assert texts(out) == whole
 
 
+def test_room_ahead_of_the_engine_does_not_grow_when_engines_die(source: Path, mini: Path, tmp_path: Path) -> None:
+    class Silent(EchoBackend):
+        """Dies with everything that it was given in flight."""
+
+        def submit(self, prepared: Any, sampling: Any, on_report: Any) -> Any:
+            self.submitted += 1
+            if self.submitted == 30:
+                on_report(GarserveError("the engine has stopped"))
+            return lambda: None
+
+    plan = plan_of(source, tmp_path / "out.jsonl", mini)
+    given, back = [], []
+    feeder = Feeder.taken
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Feeder, "taken", lambda self: (back.append(1), feeder(self))[1])
+        patch.setattr(Job, "_arrived", lambda self, *one, whole=Job._arrived: (given.append(1), whole(self, *one))[1])
+        backends = iter([Silent(), EchoBackend()])
+        totals = run_job(plan, lambda: echo_engine(mini, next(backends)))
+    assert (totals.engine_restarts, totals.rows) == (1, COUNT)
+    assert len(back) == len(given)
+
+
 def test_too_many_errors_stop_the_job(mini: Path, tmp_path: Path) -> None:
     source = write_requests(tmp_path, 30, images=30)
     for number in range(0, 30, 2):
@@ -405,6 +432,37 @@ def test_a_worker_that_is_killed_costs_nothing(source: Path, mini: Path, tmp_pat
                 os.kill(pool.pids[len(found) % 2], signal.SIGKILL)
         assert sorted(found) == list(range(40))  # type: ignore[type-var]
         assert pool.deaths == 2
+
+
+def test_a_record_that_no_worker_can_be_told_becomes_an_error(source: Path, mini: Path, tmp_path: Path) -> None:
+    def odd() -> Iterator[Bundle]:
+        for bundle in bundles(tmp_path, 12):
+            record = bundle.records[0]
+            region = ([Decimal(1), 1, 30, 30],) if record.id == 5 else record.regions  # as Parquet may have it
+            yield Bundle((replace(record, regions=region),), (True,))
+
+    with WorkerPool(Preparation(str(mini)), 1) as pool:
+        for _ in range(2):
+            parcels = {bundle.records[0].id: parcel for bundle, parcel in pool.parcels(odd())}
+            assert sorted(parcels) == list(range(12))  # type: ignore[type-var]
+            assert {key for key, parcel in parcels.items() if parcel.errors} == {5}
+            assert "cannot be handed to a worker" in parcels[5].errors[0]
+
+
+def test_workers_of_a_caller_that_failed_do_not_answer_the_next_one(
+    source: Path, mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(connection: Any) -> Any:
+        raise MemoryError
+
+    with WorkerPool(Preparation(str(mini)), 2) as pool:
+        with monkeypatch.context() as patch:
+            patch.setattr("garserve.batch.pool.receive_parcel", no_memory)
+            with pytest.raises(MemoryError):
+                list(pool.parcels(bundles(tmp_path, 12)))
+        parcels = {bundle.records[0].id: parcel for bundle, parcel in pool.parcels(bundles(tmp_path, 5))}
+    assert sorted(parcels) == list(range(5))  # type: ignore[type-var]
+    assert not any(parcel.errors for parcel in parcels.values())
 
 
 DYING = """

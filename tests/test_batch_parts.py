@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from garserve.batch.bundles import Bundle
-from garserve.batch.journal import read_rows
+from garserve.batch.journal import Journal, OutputError, read_rows
 from garserve.batch.limits import Limits
 from garserve.batch.outputs import write_parquet
 from garserve.batch.parts import MANIFEST, Parts, read_manifest
@@ -76,6 +76,58 @@ def test_parts_that_are_not_as_the_manifest_says(tmp_path: Path) -> None:
     (out / MANIFEST).write_text("{}")
     with pytest.raises(RequestError, match=r"manifest\.json: missing or broken"):
         Parts(out)
+
+
+def test_a_crash_after_a_part_is_sealed_leaves_a_manifest_that_lags(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    fill(out, range(15), rows_a_part=10)
+    lagging = (out / MANIFEST).read_bytes()
+    fill(out, range(15, 25), rows_a_part=10)
+    (out / MANIFEST).write_bytes(lagging)
+    fill(out, range(25, 27), rows_a_part=10)
+    assert ids(out) == list(range(27))
+    assert [part["rows"] for part in read_manifest(out)["parts"]] == [10, 10, 7]
+
+
+def test_a_crash_while_errors_are_taken_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    fill(out, range(25), rows_a_part=10)
+    dropping, calls = Journal.drop_errors, []
+
+    def full_disk(journal: Journal) -> int:
+        calls.append(journal)
+        if len(calls) == 2:
+            raise OutputError("no space left")
+        return dropping(journal)
+
+    monkeypatch.setattr(Journal, "drop_errors", full_disk)
+    with Parts(out, rows_a_part=10) as parts, pytest.raises(OutputError, match="no space left"):
+        parts.drop_errors()
+    with Parts(out, rows_a_part=10) as parts:
+        assert parts.drop_errors() == 3
+    assert ids(out) == [i for i in range(25) if i % 5 < 4]
+
+
+def test_a_next_part_that_cannot_be_made_ends_the_output(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with Parts(out, rows_a_part=3) as parts:
+        (out / "part-00001.jsonl").mkdir()
+        parts.append({"id": 0, "text": "a"})
+        parts.append({"id": 1, "text": "a"})
+        with pytest.raises(OutputError, match=r"part-00001\.jsonl: is no regular file"):
+            parts.append({"id": 2, "text": "a"})
+        (out / "part-00001.jsonl").rmdir()
+        parts.write_manifest(complete=False)
+    assert read_manifest(out)["rows"] == 3
+
+
+def test_a_first_part_without_rows_is_no_empty_output(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with Parts(out, rows_a_part=2) as parts:
+        for number in range(4):
+            parts.append({"id": number, "error": "e"} if number < 2 else {"id": number, "text": "a"})
+        assert parts.drop_errors() == 2
+        assert not parts.empty
 
 
 def test_folders_that_cannot_be_an_output(tmp_path: Path) -> None:
@@ -162,6 +214,21 @@ def test_a_station_whose_engine_keeps_dying_says_so_to_its_calls(mini: Path, tmp
     (work,) = packages(tmp_path, 1, 30)
     one = station(mini, [EchoBackend(dies_after=9), EchoBackend(dies_after=9)])
     with pytest.raises(GarserveError, match="the engine died: the engine has stopped"):
+        one.answer(work)
+    one.close()
+
+
+def test_a_station_whose_engine_exits_says_so_to_its_calls(mini: Path, tmp_path: Path) -> None:
+    def leaves() -> Any:
+        if opened:
+            raise SystemExit("no memory")  # as some of vLLM's checks do
+        opened.append(True)
+        return echo_engine(mini, EchoBackend(dies_after=9))
+
+    opened: list[bool] = []
+    (work,) = packages(tmp_path, 1, 30)
+    one = Station(Preparation(str(mini), max_tokens=3), leaves, limits=Limits(in_flight=8, restarts=1))
+    with pytest.raises(GarserveError, match="no memory"):
         one.answer(work)
     one.close()
 

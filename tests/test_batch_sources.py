@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
+from garserve.batch import bundles
 from garserve.batch.bundles import gather
 from garserve.batch.filters import Filters, Shard, region_area
 from garserve.batch.prepare import encoded, image_content
@@ -174,7 +176,7 @@ def test_folders_with_binary_and_indexed_masks(
     folder = tmp_path / "set"
     for name in ("images", "masks"):
         (folder / name).mkdir(parents=True)
-    for name in ("binary", "indexed", "empty", "unmasked"):
+    for name in ("binary", "indexed", "bordered", "empty", "unmasked"):
         Image.open(picture_path).save(folder / "images" / f"{name}.jpg")
     Image.fromarray(masks[0].astype(np.uint8) * 255).save(folder / "masks" / "binary.png")
     values = sum(mask.astype(np.uint8) * (i + 1) for i, mask in enumerate(masks)).astype(np.uint8)  # type: ignore[union-attr]
@@ -182,14 +184,22 @@ def test_folders_with_binary_and_indexed_masks(
     indexed = Image.fromarray(values).convert("P")
     indexed.putdata(values.reshape(-1).tolist())
     indexed.save(folder / "masks" / "indexed.png")
+    values[masks[1] | masks[2]] = 255
+    indexed.putdata(values.reshape(-1).tolist())
+    indexed.save(folder / "masks" / "bordered.png")  # one object and Pascal VOC's border
     Image.new("L", (W, H)).save(folder / "masks" / "empty.png")
     assert detect(folder) is Format.folder
     run_echo(folder, tmp_path / "out.jsonl", mini)
     found = {row["id"]: row for row in rows(tmp_path / "out.jsonl")}
-    assert set(found) == {"binary", "indexed:1", "indexed:2", "indexed:3", "empty", "unmasked"}
+    assert set(found) == {"binary", "indexed:1", "indexed:2", "indexed:3", "bordered", "empty", "unmasked"}
     assert "covers no pixel" in found["empty"]["error"]
     assert "no such file" in found["unmasked"]["error"]
-    for name, mask in zip(("binary", "indexed:1", "indexed:2", "indexed:3"), (masks[0], *masks), strict=True):
+    bordered = masks[0] & ~(masks[1] | masks[2])
+    bordered[0, :] = False
+    areas = {record.id: record.area for record in open_source(folder).records()}
+    assert (areas["binary"], areas["bordered"]) == (masks[0].sum(), bordered.sum())
+    names = ("binary", "indexed:1", "indexed:2", "indexed:3", "bordered")
+    for name, mask in zip(names, (masks[0], *masks, bordered), strict=True):
         assert (coco.decode(found[name]["regions"][0]) == mask).all(), name
 
 
@@ -275,6 +285,12 @@ def test_filters(tmp_path: Path, masks: list[np.ndarray]) -> None:
     parts = [[r.id for r in Filters(shard=Shard(part, 4)).of(iter(records))] for part in range(4)]
     assert sorted(i for part in parts for i in part) == list(range(90))  # type: ignore[type-var]
     assert all(len({i // 3 for i in part}) * 3 == len(part) for part in parts)  # type: ignore[operator]
+    chosen = []
+    for top in ("/a", "/b/c"):  # the same data elsewhere
+        placed = (Record(f"line {i}", i, image_name=f"{top}/a/{i}.png") for i in range(40))
+        chosen.append([r.id for r in Filters(shard=Shard(1, 3)).of(placed, [Path("/x"), Path(top)])])
+    assert 0 < len(chosen[0]) < 40
+    assert chosen[0] == chosen[1]
     for wrong in ("4/4", "1", "a/b", "-1/2"):
         with pytest.raises(RequestError, match="--shard"):
             Shard.parse(wrong)
@@ -286,18 +302,43 @@ def test_areas_without_an_image(masks: list[np.ndarray]) -> None:
     assert region_area({"box": [5, 5, 30, 20]}) == region_area([5, 5, 30, 20]) == areas[0]
     assert region_area({"polygon": [[5, 5], [30, 5], [30, 20], [5, 20]]}) == areas[0]
     assert region_area({"polygon": [[5, 5, 30, 5, 30, 20, 5, 20]] * 2}) == 2 * areas[0]
-    for unknown in ({"points": [[1, 1]]}, {"rle": 5}, {"box": ["a"]}):
+    cut_off = {"size": [H, W], "counts": encoded(masks[1])["counts"][:-1] + "\x7f"}
+    for unknown in ({"points": [[1, 1]]}, {"rle": 5}, {"box": ["a"]}, {"rle": cut_off}):
         with pytest.raises(RequestError, match="area"):
             region_area(unknown)
 
 
 def test_records_of_an_image_come_together_and_groups_stay_whole() -> None:
     records = [Record(f"line {i}", i, image=f"{i % 3}.png", regions=({},)) for i in range(300)]
-    bundles = list(gather(iter(records), group=5))
-    assert sorted(record.id for bundle in bundles for record in bundle) == list(range(300))  # type: ignore[type-var]
-    assert all(len({record.image for record in bundle}) == 1 for bundle in bundles)
-    assert all(len(bundle) % 5 == 0 for bundle in bundles)
-    assert [record.id for record in bundles[0][:3]] == [0, 3, 6]
+    gathered = list(gather(iter(records), group=5))
+    assert sorted(record.id for bundle in gathered for record in bundle) == list(range(300))  # type: ignore[type-var]
+    assert all(len({record.image for record in bundle}) == 1 for bundle in gathered)
+    assert all(len(bundle) % 5 == 0 for bundle in gathered)
+    assert [record.id for record in gathered[0][:3]] == [0, 3, 6]
+
+
+def test_windows_are_bounded_by_what_records_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundles, "_WINDOW_BYTES", 1000)
+    url = "data:image/png;base64," + "A" * 400
+    for one in (Record("line", image=url), Record("line", image=b"A" * 400), Record("line", regions=({"mask": url},))):
+        windows = list(bundles._windows(replace(one, id=i) for i in range(9)))
+        assert [len(window) for window in windows] == [3, 3, 3]
+
+
+def test_coco_annotations_with_rings_of_nothing_and_odd_categories(
+    tmp_path: Path, masks: list[np.ndarray], picture_path: Path
+) -> None:
+    content = coco_json(masks)
+    first, second, third = content["annotations"][:3]
+    ring = [5, 5, 30, 5, 30, 20, 5, 20]
+    first |= {"segmentation": [ring, [], [1, 2, 3, 4]]}
+    second |= {"segmentation": [[]], "bbox": [5, 5, 25, 15]}
+    third |= {"category_id": [1, 2]}
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    records = {record.id: record for record in open_source(tmp_path / "c.json").records()}
+    assert records[first["id"]].regions == ({"polygon": [ring]},)
+    assert records[second["id"]].regions == ({"xywh": [5, 5, 25, 15], "clip": True},)
+    assert records[third["id"]].category == "[1, 2]"
 
 
 def test_reading_says_where_images_are(tmp_path: Path, masks: list[np.ndarray], picture_path: Path) -> None:

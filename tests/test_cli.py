@@ -92,9 +92,10 @@ def test_batch(mini: Path, tmp_path: Path) -> None:
     told = [str(one) for one in ["batch", "-i", source, "-o", out, *common, "--metrics-file", tmp_path / "m.json"]]
     for rows in (2, 0):  # the second time there is nothing left
         result = runner.invoke(app, told, catch_exceptions=False)
-        assert result.exit_code == int(rows > 0), result.output
+        assert result.exit_code == 1, result.output  # one of the rows that are there is an error
         summary = json.loads(result.stdout)
         assert (summary["rows"], summary["before"], summary["errors"]) == (rows, 2 - rows, int(rows > 0))
+        assert summary["errors_before"] == int(rows == 0)
         assert summary == json.loads((tmp_path / "m.json").read_text())
         assert len(out.read_text().splitlines()) == 2
     with pytest.raises(GarserveError, match="max_tokens 2, now it is 3"):
@@ -102,6 +103,12 @@ def test_batch(mini: Path, tmp_path: Path) -> None:
     assert "2 rows" in run("report", out, "-o", tmp_path / "r.html")
     with pytest.raises(GarserveError, match="no such folder"):
         run("batch", "-i", source, "-o", tmp_path / "no" / "out", "-c", mini)
+    for option in ("--coco", "--parquet", "--metrics-file"):
+        words = rf"{option} .*out\.jsonl: is the same file as --output|--coco: expected"
+        with pytest.raises(GarserveError, match=words):
+            run("batch", "-i", source, "-o", out, "-c", mini, option, out)
+    with pytest.raises(GarserveError, match="expected it without --each-region"):
+        run("batch", "-i", source, "-o", out, "-c", mini, "--coco", tmp_path / "c.json", "--each-region")
     with pytest.raises(GarserveError, match="--engine-cpus and --engine-gpus: only with --ray"):
         run("batch", "-i", source, "-o", out, "-c", mini, "--engines", 2)
 

@@ -101,6 +101,8 @@ def test_tiny_and_very_wide_images() -> None:
         (np.zeros((4, 4, 2), np.uint8), r"expected shape .* got \[4, 4, 2\]"),
         (np.zeros((0, 4, 3), np.uint8), r"expected shape"),
         (np.zeros((4, 4, 3), np.float32), "expected uint8, uint16 or bool, got float32"),
+        (np.zeros((65_536, 1, 3), np.uint8), r"sides of at most 65535 pixels, got \[65536, 1, 3\]"),
+        (png(Image.new("1", (1, 65_536))), "1x65536 pixels; refused, a side of more than 65535"),
         (12, "expected a path, bytes, data URL, PIL image or array, got int"),
         ("a\0b.png", "cannot be read"),
         (Image.new("F", (2, 2), 0.5), "mode F"),

@@ -109,6 +109,20 @@ def test_rle_garbage_is_refused_or_exact(counts: object) -> None:
     assert mask.shape == (H, W)
 
 
+def test_many_rings_are_drawn_as_coco_draws_them() -> None:
+    rng = np.random.default_rng(0)
+    starts = rng.integers(0, (90, 60), (41, 2))
+    rings = [[int(x), int(y), int(x) + 8, int(y), int(x) + 3, int(y) + 6] for x, y in starts]
+    whole = coco.decode(coco.merge(coco.frPyObjects(rings, 70, 100)))
+    assert np.array_equal(Region.from_polygon(rings).mask(70, 100), whole)
+
+
+def test_a_run_of_seven_characters_is_refused() -> None:
+    """In COCO's code it overflows and becomes another one: -9 as goooooO is read as -1."""
+    with pytest.raises(RegionError, match="not COCO's compressed form at character 10"):
+        Region.from_rle({"size": [H, W], "counts": "1111goooooO"}).mask(H, W)
+
+
 def test_parse() -> None:
     box = Region.from_box([1, 2, 30, 20])
     for data in (box, {"box": [1, 2, 30, 20]}, [1, 2, 30, 20], {"xywh": [1, 2, 29, 18]}, np.array([1, 2, 30, 20])):

@@ -1,5 +1,6 @@
 """Requests about one image that are asked together find its tokens in the prefix cache, however full a step is."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,6 +35,16 @@ def test_all_of_a_group_but_its_first_share_the_image() -> None:
     lost = [answer.cached_tokens for answer in impatient].count(before_image) - cached.count(before_image)
     assert lost > 0, "vLLM's own scheduler shares as much: ours has nothing left to do"
     assert [answer.token_ids for answer in patient] == [answer.token_ids for answer in impatient]
+
+
+def test_an_image_that_no_step_takes_with_the_text_before_it_is_not_waited_for() -> None:
+    """`disable_chunked_mm_input` puts an image whole into one step; text and image together are longer than that."""
+    request = _groups().requests[0]
+    request = replace(request, system="word " * 40)
+    options = {"dtype": "float32", "block_size": BLOCK, "max_num_batched_tokens": 128}
+    with garserve.load("tiny", "vllm", disable_chunked_mm_input=True, **options) as engine:
+        one, two = engine.describe_many([request, request])
+    assert one.token_ids == two.token_ids != []
 
 
 @pytest.mark.parametrize("ahead", [False, True])

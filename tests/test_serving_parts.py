@@ -119,6 +119,49 @@ def test_the_queue_counts_and_closes() -> None:
     asyncio.run(queue())
 
 
+def test_a_client_that_takes_nothing_of_its_answer_leaves_its_place() -> None:
+    from starlette.requests import Request
+
+    from garserve.serving.admission import Admission
+    from garserve.serving.answering import stream_response
+    from garserve.serving.gate import Gate
+    from garserve.serving.settings import Settings
+
+    ended, sent = [], []
+
+    async def events() -> AsyncIterator[str]:
+        try:
+            while True:
+                yield "data: {}\n\n"
+        finally:
+            ended.append(True)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await stream_response(Request(scope, receive), events(), None)(scope, receive, send)
+
+    async def body() -> dict[str, Any]:
+        if sent:
+            await asyncio.Event().wait()
+        return {"type": "http.request", "body": b"{}"}
+
+    async def stuck(message: Any) -> None:
+        sent.append(message)
+        if len(sent) == 3:
+            await asyncio.Event().wait()  # what a full socket looks like
+
+    async def ask() -> None:
+        admission = Admission(1)
+        gate = Gate(app, settings=Settings(send_seconds=0.05), admission=admission)
+        scope = {"type": "http", "method": "POST", "path": "/v1/regions/describe", "headers": [], "asgi": {}}
+        await asyncio.wait_for(gate(scope, body, stuck), 20)
+        admission.enter()  # there is room again
+        assert scope["garserve.facts"]["stalled"] is True  # type: ignore[index]
+        assert ended
+
+    asyncio.run(ask())
+    assert len(sent) == 3
+
+
 def test_settings_of_a_plain_vllm_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     from garserve.serving.settings import Settings
 

@@ -1,6 +1,12 @@
 """GAR in vLLM under other engine options: the tokens stay the reference's."""
 
+import multiprocessing
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,8 +39,44 @@ def test_equal_under_other_engine_options(
 
 def test_equal_with_the_engine_in_a_process_of_its_own(mini: Path, reference: Engine, picture: np.ndarray) -> None:
     requests = [*mixed_requests(picture), *mixed_requests(picture)]
+    other = garserve.RegionRequest(picture[::-1].copy(), [garserve.Region.from_box([3, 3, 30, 40])], max_tokens=8)
     with garserve.load(mini, "vllm", separate_process=True) as engine:
         assert tokens(engine, requests) == tokens(reference, requests)
+        with pytest.raises(RequestError, match="refused by vLLM"):
+            engine.ask(other.image, other.regions, "word " * 200_000)
+        assert tokens(engine, [other]) == tokens(reference, [other])  # its items were never sent for the refused one
+        _lose_the_process(engine)
+    with pytest.raises(GarserveError, match="the engine has stopped"):
+        next(engine.describe_many(requests))
+
+
+def _lose_the_process(engine: Engine) -> None:
+    """Kill the engine's process while it is asked for something, which is then told so, as is whoever asks next."""
+    (process,) = multiprocessing.active_children()
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(lambda: engine.tile_counts)
+        time.sleep(1)
+        assert not asked.done()
+        process.kill()
+        with pytest.raises(GarserveError, match="its process died"):
+            asked.result(30)
+
+
+@pytest.mark.parametrize(("reason", "kind"), [("abort", GarserveError), ("error", RequestError)])
+def test_what_vllm_ends_by_itself_is_no_answer(reason: str, kind: type[GarserveError]) -> None:
+    """As where Ctrl-C reaches the engine's process first."""
+    from garserve.vllm_plugin.driver import EngineDriver, _Running
+
+    completion = SimpleNamespace(token_ids=[5, 6], finish_reason=reason, logprobs=None)
+    output = SimpleNamespace(request_id="0", finished=True, outputs=[completion], num_cached_tokens=0)
+    driver, reports = EngineDriver.__new__(EngineDriver), []
+    driver.engine = SimpleNamespace(step=lambda: [output])  # type: ignore[assignment]
+    driver._running = {"0": _Running(reports.append)}
+    driver._step()
+    assert [type(report) for report in reports] == [kind]
+    assert driver._running == {}
 
 
 def test_equal_with_the_decoder_on_two_ranks(mini: Path, reference: Engine, picture: np.ndarray) -> None:

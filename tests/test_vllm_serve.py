@@ -121,6 +121,7 @@ def test_two_images_are_refused(ask: Ask) -> None:
         ({"regions": REGIONS, "form": "single"}, "regions: expected 1, got 2"),
         ({"regions": [{"box": [1000, 10, 9000, 90]}]}, "outside the 600x400 image"),
         ({"regions": REGIONS, "bogus": 1}, "bogus: Extra inputs are not permitted"),
+        ({"regions": [{"mask": "/etc/hostname"}]}, "regions[0]: mask: expected a PNG as a data URL"),
         ({"regions": "all"}, "regions: Input should be a valid list"),
         ({"regions": REGIONS, "max_num_tiles": 99}, "max_num_tiles"),
     ],

@@ -8,7 +8,7 @@ from blake3 import blake3
 from garserve.batch.record import Member, Record
 
 WINDOW = 512  # records looked at ahead of the next one, to find others of its image
-_WINDOW_BYTES = 64_000_000  # of images that came as bytes
+_WINDOW_BYTES = 64_000_000  # of images and masks that came as bytes or data URLs
 LARGEST = 24  # records of a bundle
 
 
@@ -41,12 +41,19 @@ def _windows(records: Iterator[Record]) -> Iterator[list[Record]]:
     size = 0
     for record in records:
         window.append(record)
-        size += len(record.image) if isinstance(record.image, bytes) else 0
+        size += _bytes_held(record)
         if len(window) >= WINDOW or size >= _WINDOW_BYTES:
             yield window
             window, size = [], 0
     if window:
         yield window
+
+
+def _bytes_held(record: Record) -> int:
+    """Return how much a record holds: an image's bytes or data URL, and its masks'."""
+    held = len(record.image) if isinstance(record.image, bytes | str) else 0
+    masks = (region.get("mask") for region in record.regions if isinstance(region, dict))
+    return held + sum(len(mask) for mask in masks if isinstance(mask, str))
 
 
 def _image_key(record: Record) -> Hashable:

@@ -1,16 +1,17 @@
 """Which records of an input a job answers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 from blake3 import blake3
-from pycocotools import mask as coco
 
 from garserve.batch.record import Record
-from garserve.errors import RequestError
+from garserve.errors import RegionError, RequestError
+from garserve.inputs.rle import compressed_runs
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,18 @@ class Shard:
             return cls(int(first), int(second))
         raise RequestError(f"--shard: expected i/n with i from 0 to n - 1, got {text!r:.80}")
 
-    def holds(self, record: Record) -> bool:
-        """Say whether a record belongs to the shard: by a hash of its image's name."""
-        name = (record.image_name or record.place).encode("utf-8", "surrogatepass")
-        if record.image_name == "data URL":
-            name = str(record.image).encode("ascii", "replace")
+    def holds(self, record: Record, folders: Sequence[Path] = ()) -> bool:
+        """Say whether a record belongs to the shard: by a hash of its image, as bytes or by its name.
+
+        Of a path, what lies below the first of `folders` counts, so that each machine may have the data elsewhere.
+        """
+        image = record.image
+        if isinstance(image, bytes):
+            name = image
+        elif record.image_name == "data URL":
+            name = str(image).encode("ascii", "replace")
+        else:
+            name = _below(record.image_name or record.place, folders).encode("utf-8", "surrogatepass")
         return int.from_bytes(blake3(name).digest(8), "big") % self.count == self.index
 
 
@@ -47,10 +55,14 @@ class Filters:
     limit: int | None = None
     shard: Shard | None = None
 
-    def of(self, records: Iterator[Record]) -> Iterator[Record]:
-        """Yield the records that pass; of the first `limit` of them, those of the shard."""
+    def of(self, records: Iterator[Record], folders: Sequence[Path] = ()) -> Iterator[Record]:
+        """Yield the records that pass; of the first `limit` of them, those of the shard.
+
+        `folders` are where images lie: for a shard, their names are what lies below one of them.
+        """
         passing = islice((one for one in map(self._with_area, records) if self._passes(one)), self.limit)
-        return passing if self.shard is None else filter(self.shard.holds, passing)
+        shard = self.shard
+        return passing if shard is None else (one for one in passing if shard.holds(one, folders))
 
     def expected(self, total: int | None) -> int | None:
         """Return how many of `total` records pass, where that can be known beforehand."""
@@ -81,6 +93,14 @@ class Filters:
             return replace(record, error=str(error))
 
 
+def _below(name: str, folders: Sequence[Path]) -> str:
+    for folder in folders:
+        path = PurePath(name)
+        if path.is_relative_to(folder):
+            return path.relative_to(folder).as_posix()
+    return name
+
+
 def region_area(region: Any) -> float:
     """Return a region's area in pixels without its image; RequestError where that cannot be known."""
     try:
@@ -93,7 +113,7 @@ def region_area(region: Any) -> float:
             return float(region["xywh"][2]) * float(region["xywh"][3])
         if isinstance(region, dict) and "polygon" in region:
             return _polygon_area(region["polygon"])
-    except (TypeError, ValueError, LookupError, OverflowError):
+    except (TypeError, ValueError, LookupError, OverflowError, RegionError):
         raise RequestError(f"area: cannot be measured for the region {region!r:.80}") from None
     raise RequestError(f"area: not known for a region like {region!r:.60}; filter by area needs RLE, polygon or box")
 
@@ -102,7 +122,7 @@ def _rle_area(rle: dict[str, Any]) -> float:
     counts = rle["counts"]
     if isinstance(counts, list):
         return float(sum(int(run) for run in counts[1::2]))
-    return float(coco.area({"size": [int(side) for side in rle["size"]], "counts": counts}))
+    return float(sum(compressed_runs(counts)[1::2]))
 
 
 def _polygon_area(polygon: Any) -> float:

@@ -44,6 +44,7 @@ class _Running:
     parcel: Parcel
     prepared: PreparedRequest | None = None
     since: float = 0.0
+    released: bool = False  # its parcel made room for another already, before an engine died
     cancel: Callable[[], None] = lambda: None
 
     @property
@@ -154,6 +155,8 @@ class Job:
                 return
             one = self._ready.popleft()
             self._submit(one)
+            if one.released:
+                continue
             left = self._waiting.get(id(one.parcel), 0) - 1
             self._waiting[id(one.parcel)] = left
             if left == 0:
@@ -216,7 +219,10 @@ class Job:
         """Put all that it had back to the front of the queue and start another one, a bounded number of times."""
         for one in reversed(self._running.values()):
             self._admission.leave(one.tokens)
-            self._waiting[id(one.parcel)] = self._waiting.get(id(one.parcel), 0) + 1
+            if id(one.parcel) in self._waiting:
+                self._waiting[id(one.parcel)] += 1
+            else:
+                one.released = True
             self._ready.appendleft(one)
         self._running.clear()
         if self.totals.engine_restarts >= self._limits.restarts or self.stop.halt:

@@ -28,6 +28,11 @@ class Ledger:
         (count,) = self._table.execute("SELECT count(*) FROM answered").fetchone()
         return int(count)
 
+    def note(self, row: Mapping[str, Any]) -> None:
+        """Note one row that the output has now."""
+        digest = str(row.get("request", ""))
+        self._table.execute("INSERT OR IGNORE INTO answered VALUES (?, ?)", (id_text(row["id"]), digest))
+
     def digest(self, identity: Id) -> str | None:
         """Return the digest of the request that an id was answered for, "" where none was kept; None if it was not."""
         found = self._table.execute("SELECT request FROM answered WHERE id = ?", (id_text(identity),)).fetchone()

@@ -1,6 +1,7 @@
 """Other forms of a finished output: COCO's JSON with captions, and Parquet. Both are written whole or not at all."""
 
 import json
+import os
 import sqlite3
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -21,8 +22,21 @@ _SECONDS = ("prepare_s", "engine_s")
 _TEXTS = ("text", "error", "finish_reason", "form", "image", "category", "question", "place", "request")
 
 
-def check_coco(source: Path, form: Format | None, target: Path) -> None:
+def check_apart(**files: Path | None) -> None:
+    """Check that no two files of a job are the same one; RequestError names the two options."""
+    known: dict[str, str] = {}
+    for name, path in files.items():
+        if path is None:
+            continue
+        option = f"--{name.replace('_', '-')}"
+        if (first := known.setdefault(os.path.realpath(path), option)) != option:
+            raise RequestError(f"{option} {path}: is the same file as {first}")
+
+
+def check_coco(source: Path, form: Format | None, target: Path, *, each_region: bool = False) -> None:
     """Check that an input can become COCO's JSON with captions, and that this can be written; RequestError if not."""
+    if each_region:
+        raise RequestError("--coco: an annotation has one caption; expected it without --each-region")
     found = form or detect(source)
     if found not in (Format.coco, Format.dlc_bench):
         raise RequestError(f"--coco: expected annotations in COCO's format as the input, got {found}")

@@ -54,13 +54,14 @@ class Parts:
             raise RequestError(f"output {self.path}: holds something else than parts of a job; it is left as it is")
 
     def _read_parts(self) -> list[dict[str, Any]]:
-        """Return what the manifest says of the parts; a part that is being written is counted anew."""
+        """Return what the manifest says of the parts; the last one, now and there, is counted anew."""
         noted = {part["name"]: part for part in read_manifest(self.path)["parts"]} if self._manifest.exists() else {}
+        written = max(noted, default="")  # the one that was being written when the manifest was
         parts = []
         paths = part_paths(self.path)
         for path in paths:
             known = noted.pop(path.name, None)
-            if known is None or path == paths[-1]:
+            if known is None or path == paths[-1] or path.name == written:
                 with Journal(path):  # a torn last line is cut off
                     known = _described(path)
             elif known["bytes"] != path.stat().st_size:
@@ -73,9 +74,12 @@ class Parts:
         return parts
 
     def _open_last(self) -> None:
-        if not self._parts or self._parts[-1]["rows"] >= self._rows_a_part:
-            self._parts.append({"name": f"part-{len(self._parts):05}.jsonl", "rows": 0, "errors": 0})
-        self._journal = Journal(self.path / self._parts[-1]["name"])
+        if self._parts and self._parts[-1]["rows"] < self._rows_a_part:
+            self._journal = Journal(self.path / self._parts[-1]["name"])
+            return
+        name = f"part-{len(self._parts):05}.jsonl"
+        self._journal = Journal(self.path / name)
+        self._parts.append({"name": name, "rows": 0, "errors": 0})
 
     @property
     def _manifest(self) -> Path:
@@ -84,7 +88,7 @@ class Parts:
     @property
     def empty(self) -> bool:
         """Whether no row was written yet."""
-        return self._parts[0]["rows"] == 0
+        return not any(part["rows"] for part in self._parts)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield the rows of all parts; RequestError names a line that is none."""
@@ -99,7 +103,10 @@ class Parts:
         last["errors"] += "error" in row
         if last["rows"] >= self._rows_a_part:
             self._seal()
-            self._open_last()
+            try:
+                self._open_last()
+            except RequestError as error:  # it is too late for one
+                raise OutputError(str(error)) from None
             self.write_manifest(complete=False)
 
     def sync(self, *, force: bool = True) -> None:
@@ -110,6 +117,7 @@ class Parts:
     def drop_errors(self) -> int:
         """Take out the rows that are errors, of all parts; return how many there were."""
         self._seal()
+        self._manifest.unlink(missing_ok=True)  # parts of two sizes would contradict it, were this to end half-way
         dropped = 0
         for number, part in enumerate(self._parts):
             if part["errors"]:

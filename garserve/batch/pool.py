@@ -15,7 +15,8 @@ import numpy as np
 from garserve.batch.bundles import Bundle
 from garserve.batch.parcel import Parcel
 from garserve.batch.prepare import Preparation, Preparer
-from garserve.batch.worker import receive_parcel, send_bundle
+from garserve.batch.wire import bundle_messages
+from garserve.batch.worker import receive_parcel, send_messages
 from garserve.errors import GarserveError
 
 COMMAND = (sys.executable, "-m", "garserve.batch.worker")
@@ -73,6 +74,13 @@ class WorkerPool:
                     return
                 yield bundle, self._inline(bundle)
             return
+        try:
+            yield from self._handed_out(bundles, stopped)
+        except Exception:
+            self._renew()  # whoever has a task would answer the next caller with it
+            raise
+
+    def _handed_out(self, bundles: Iterator[Bundle], stopped: Callable[[], bool]) -> Iterator[Prepared]:
         again: deque[_Task] = deque()
         exhausted = False
         while not stopped():
@@ -82,18 +90,23 @@ class WorkerPool:
                     following = next(bundles, None)
                     exhausted = following is None
                     task = _Task(following) if following is not None else None
-                if task is not None:
+                if task is None:
+                    continue
+                try:
                     self._give(worker, task)
+                except (TypeError, ValueError) as error:  # it holds what no JSON can say
+                    yield task.bundle, _refused(task.bundle, f"request cannot be handed to a worker ({error})")
             busy = {worker.connection: worker for worker in self._workers if worker.task is not None}
-            if not busy:
+            if not busy and exhausted and not again:
                 return
-            for connection in wait(list(busy), timeout=_POLL_SECONDS):
+            for connection in wait(list(busy), timeout=_POLL_SECONDS) if busy else ():
                 yield from self._collect(busy[connection], again)  # type: ignore[index]
 
     def _give(self, worker: _Worker, task: _Task) -> None:
+        messages = bundle_messages(task.bundle)
         worker.task = task
         with suppress(OSError):  # it died while it had nothing to do: the next wait finds its connection's end
-            send_bundle(worker.connection, task.bundle)
+            send_messages(worker.connection, messages)
 
     def _collect(self, worker: _Worker, again: deque[_Task]) -> Iterator[Prepared]:
         task = worker.task
@@ -117,8 +130,15 @@ class WorkerPool:
         code = dead.end()
         if self.deaths > 20 + 4 * len(self._workers):
             raise GarserveError(f"workers keep dying ({self.deaths} times, exit code {code}): is there memory enough?")
-        self._workers[self._workers.index(dead)] = _Worker(self._preparation, self._command)
+        self._workers.remove(dead)
+        self._workers.append(_Worker(self._preparation, self._command))
         return code
+
+    def _renew(self) -> None:
+        for worker in [one for one in self._workers if one.task is not None]:
+            self._workers.remove(worker)
+            worker.end()
+            self._workers.append(_Worker(self._preparation, self._command))
 
     def close(self) -> None:
         """End the workers."""
@@ -137,6 +157,9 @@ class WorkerPool:
 
 def _given_up(bundle: Bundle, code: int) -> Parcel:
     how = f"killed by signal {-code}; out of memory?" if code < 0 else f"exit code {code}"
-    message = f"the worker that prepared it died ({how})"
+    return _refused(bundle, f"the worker that prepared it died ({how})")
+
+
+def _refused(bundle: Bundle, message: str) -> Parcel:
     errors = {position: message for position, wanted in enumerate(bundle.wanted) if wanted}
     return Parcel(np.zeros((0, 3, 1, 1), np.uint8), errors=errors)

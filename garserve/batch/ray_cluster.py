@@ -50,6 +50,7 @@ def ray_module() -> Any:
     """Return ray; GarserveError where it is not installed."""
     try:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a thread that outlives a job must not begin another
         import ray
         import ray.data
     except ImportError as error:

@@ -6,6 +6,7 @@ Imported only where Ray is (`ray_cluster.ray_module`), in the driver and in Ray'
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from garserve.errors import GarserveError
 WORK, ROW = "work", "row"
 _MESSAGES = arrow.list_(arrow.list_(arrow.large_binary()))  # of each bundle
 _EXIT_CODE = 70
+_STARTS = 3  # that an engine may die in, one after the other
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,32 @@ class EngineChoice:
 
 
 class Control:
-    """An actor whose one word, whether to halt, all others ask for."""
+    """An actor that others ask whether to halt, and that knows which engines start and which do not."""
 
     def __init__(self) -> None:
         self._halted = False
+        self._starts: dict[str, int] = {}  # of each engine, since it last answered that it runs
+        self._failed: dict[str, str] = {}
+
+    def starting(self, engine: str) -> None:
+        """An engine is about to load."""
+        self._starts[engine] = self._starts.get(engine, 0) + 1
+
+    def started(self, engine: str) -> None:
+        """An engine runs."""
+        self._starts[engine] = 0
+        self._failed.pop(engine, None)
+
+    def failed(self, engine: str, why: str) -> None:
+        """An engine could not be loaded, after which Ray does not start it again."""
+        self._failed[engine] = why
+
+    def hopeless(self, engines: int) -> str | None:
+        """Return why none of so many engines will ever answer; None while one may."""
+        dying = [engine for engine, starts in self._starts.items() if starts > _STARTS and engine not in self._failed]
+        if len(self._failed) + len(dying) < engines:
+            return None
+        return next(iter(self._failed.values()), f"engines die while they start, {_STARTS + 1} times each")
 
     def halt(self) -> None:
         """From now on, nothing is begun."""
@@ -125,8 +149,16 @@ class RayStation:
         if cpus and not any(ray.get_gpu_ids()):  # vLLM would bind the engines of a node to the same cores
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         self._control = control
-        preparation = replace(plan.preparation, folder=choice.folder())
-        self._station = Station(preparation, choice.open, limits=plan.limits, workers=plan.workers)
+        engine = str(ray.get_runtime_context().get_actor_id())
+        ray.get(control.starting.remote(engine))
+        try:
+            preparation = replace(plan.preparation, folder=choice.folder())
+            self._station = Station(preparation, choice.open, limits=plan.limits, workers=plan.workers)
+        except BaseException as error:
+            ray.get(control.failed.remote(engine, f"on node {_node()}: {error or type(error).__name__}"))
+            raise
+        ray.get(control.started.remote(engine))
+        self._last_numbers = self._station.numbers
 
     def __call__(self, table: arrow.Table) -> arrow.Table:
         """Answer one package; nothing comes back where the job was told to halt before."""
@@ -135,9 +167,14 @@ class RayStation:
             for work in table[WORK].to_pylist():
                 found += self._answer([read_bundle(messages) for messages in work])
         again = bool(ray.get_runtime_context().was_current_actor_reconstructed)
-        numbers = {"engine": f"{_node()}/{os.getpid()}", "pid": os.getpid(), "again": again, **self._station.numbers}
+        numbers = {"engine": f"{_node()}/{os.getpid()}", "pid": os.getpid(), "again": again, **self._numbers()}
         rows = [json.dumps(one).encode() for one in (*found, {"numbers": numbers})]
         return arrow.table({ROW: arrow.array(rows, arrow.large_binary())})
+
+    def _numbers(self) -> dict[str, float]:
+        with suppress(Exception):  # an engine that died after its last answer has none, and its rows are good
+            self._last_numbers = self._station.numbers
+        return self._last_numbers
 
     def _answer(self, bundles: list[Bundle]) -> list[dict[str, Any]]:
         try:

@@ -3,6 +3,7 @@
 import json
 import queue
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
@@ -19,13 +20,15 @@ from garserve.batch.run import Plan
 from garserve.batch.selection import Selection
 from garserve.batch.totals import Totals
 from garserve.engine import Engine
-from garserve.errors import GarserveError
+from garserve.errors import GarserveError, RequestError
 
 _PASSES = 3  # over what has no row yet; all but the first are for what Ray lost, with less in a package
 _CALLS = 3  # packages that an engine works on at a time, so that it never runs dry
 _RETRIES = 3  # of a package whose actor died
+_LINE = 400  # characters of what went wrong on a node
 _LOST_PACKAGES = 16  # in a pass, before the pass is given up
 _POLL_SECONDS = 0.5
+_LOOK_SECONDS = 5.0  # between two looks at whether engines start
 
 Watch = Callable[["RayJob"], AbstractContextManager[object]]
 
@@ -78,7 +81,7 @@ class RayJob:
                 self._parts.drop_errors()
             self._ledger = Ledger()
             stack.callback(self._ledger.close)
-            self.totals.before = self._ledger.answered(self._parts.rows())
+            self.totals.before = self._ledger.answered(self.totals.counting(self._parts.rows()))
             complete = False
             try:
                 if not (complete := self._complete()):
@@ -86,6 +89,10 @@ class RayJob:
                     with watch(self) if watch else nullcontext():
                         complete = self._passes(placement, description["checkpoint"])
             except OutputError as error:
+                self.stop.tell(str(error), Halt.now)
+            except RequestError as error:  # the input, which is read again after each pass
+                if not self.totals.rows:
+                    raise
                 self.stop.tell(str(error), Halt.now)
             finally:
                 with suppress(OutputError):  # the parts themselves say what is answered
@@ -130,11 +137,11 @@ class RayJob:
                 for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
                     _put(tables, table, over)
                 _put(tables, None, over)
-            except Exception as error:  # handed over
+            except BaseException as error:  # handed over
                 _put(tables, error, over)
 
         threading.Thread(target=pull, name="garserve-ray", daemon=True).start()
-        halted = False
+        halted, looked = False, time.monotonic()
         try:
             while self.stop.halt is not Halt.now:
                 if self.stop.halt and not halted:
@@ -144,10 +151,14 @@ class RayJob:
                     table = tables.get(timeout=_POLL_SECONDS)
                 except queue.Empty:
                     self._parts.sync(force=False)
+                    if time.monotonic() - looked > _LOOK_SECONDS:
+                        looked = time.monotonic()
+                        if (why := ray_module().get(control.hopeless.remote(placement.count))) is not None:
+                            self.stop.tell(f"Ray: no engine starts: {why}"[:_LINE], Halt.now)
                     continue
                 if table is None:
                     return
-                if isinstance(table, Exception):
+                if isinstance(table, BaseException):
                     self.stop.tell(f"Ray: {_first_line(table)}", Halt.now)
                     return
                 for row in table["row"].to_pylist():
@@ -204,7 +215,7 @@ class RayJob:
 
     def _write(self, row: dict[str, Any]) -> None:
         self._parts.append(row)
-        self._ledger.answered([row])
+        self._ledger.note(row)
         self.totals.add_row(row)
         most = self._plan.limits.max_errors
         if most is not None and self.totals.errors > most:
@@ -236,7 +247,7 @@ def _put(tables: "queue.Queue[Any]", item: Any, over: threading.Event) -> None:
     raise GarserveError("the job is over")
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     """Return what went wrong on a node: of Ray's long traceback the last line that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:400]
+    return (lines[-1] if lines else type(error).__name__)[:_LINE]

@@ -1,5 +1,6 @@
 """A whole job, from an input to an output: what `garserve batch` does, without its words."""
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -53,7 +54,10 @@ class Plan:
 
     def selection(self, source: Source) -> Selection:
         """Return what of the source is asked."""
-        return Selection(source, self.filters, self.preparation.group, self.reading.each_region, self.mix)
+        beside = self.input if self.input.is_dir() else self.input.parent
+        named = [folder for folder in (self.reading.images, beside, beside.parent) if folder is not None]
+        folders = tuple(Path(os.path.abspath(folder)) for folder in named)
+        return Selection(source, self.filters, self.preparation.group, self.reading.each_region, self.mix, folders)
 
     def description(self) -> dict[str, Any]:
         """Return what texts depend on."""
@@ -82,7 +86,7 @@ def run_job(
             journal.drop_errors()
         ledger = Ledger()
         stack.callback(ledger.close)
-        totals.before = ledger.answered(journal.rows())
+        totals.before = ledger.answered(totals.counting(journal.rows()))
         pool = stack.enter_context(WorkerPool(plan.preparation, plan.workers))
         job = Job(open_engine, journal, limits=plan.limits, totals=totals, stop=stop)
         feeder = Feeder(plan.selection(source), ledger, pool, job.events)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from garserve.batch.bundles import Bundle, gather
 from garserve.batch.filters import Filters
@@ -25,6 +26,7 @@ class Selection:
     group: int = 1
     split_regions: bool = False
     mix: bool = False
+    folders: tuple[Path, ...] = ()  # where images lie, as the filters' shard wants to know
 
     @property
     def total(self) -> int | None:
@@ -36,7 +38,7 @@ class Selection:
         records = self.source.records()
         if self.split_regions:
             records = each_region(records)
-        chosen = self.filters.of(_once(records, ledger))
+        chosen = self.filters.of(_once(records, ledger), self.folders)
         checked = chosen if self.mix else _unchanged(chosen, ledger)
         for of_image in gather(checked, group=self.group):
             wanted = tuple(ledger.digest(record.key) is None for record in of_image)

@@ -45,7 +45,7 @@ class CocoSource:
         finally:
             table.close()
 
-    def _fill(self, table: sqlite3.Connection) -> dict[Any, str]:
+    def _fill(self, table: sqlite3.Connection) -> dict[str, str]:
         table.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;" + _TABLES)
         table.executemany(
             "INSERT OR IGNORE INTO images VALUES (?, ?)",
@@ -59,9 +59,9 @@ class CocoSource:
             ),
         )
         table.execute("CREATE INDEX by_image ON annotations (image, number)")
-        return {one.get("id"): str(one.get("name")) for one in items(self.path, "categories.item")}
+        return {json.dumps(one.get("id")): str(one.get("name")) for one in items(self.path, "categories.item")}
 
-    def _record(self, number: int, name: str | None, data: dict[str, Any], categories: dict[Any, str]) -> Record:
+    def _record(self, number: int, name: str | None, data: dict[str, Any], categories: dict[str, str]) -> Record:
         place = f"annotation {number}"
         identity = data.get("id") if isinstance(data.get("id"), str | int) else None
         if not name:
@@ -78,7 +78,7 @@ class CocoSource:
             image=image,
             image_name=image,
             regions=(region,),
-            category=categories.get(known, None if known is None else str(known)),
+            category=categories.get(json.dumps(known), None if known is None else str(known)),
             area=stated_area(data),
         )
 
@@ -98,8 +98,9 @@ def annotation_region(data: dict[str, Any]) -> dict[str, Any]:
     shape = data.get("segmentation")
     if isinstance(shape, dict):
         return {"rle": shape}
-    if isinstance(shape, list) and shape:
-        return {"polygon": shape}
+    if isinstance(shape, list) and any(shape):
+        rings = [ring for ring in shape if isinstance(ring, list) and len(ring) >= 6]
+        return {"polygon": rings or shape}  # data sets have rings of no, one or two points beside good ones
     if data.get("bbox"):
         return {"xywh": data["bbox"], "clip": True}
     raise RequestError("annotation: expected a segmentation or a bbox, got none")

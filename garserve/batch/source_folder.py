@@ -48,27 +48,29 @@ class FolderSource:
         try:
             if not mask.is_file():
                 raise RequestError(f"mask: no such file: {mask}")
-            values = mask_values(mask)
+            values, border = mask_values(mask)
         except InputError as error:
             yield Record(place, image.stem, image_name=name, error=str(error))
             return
         path = os.path.abspath(mask)
         if len(values) <= 1:  # none at all is refused where the region is drawn
-            yield Record(place, image.stem, name, name, ({"mask": path},))
+            region: dict[str, Any] = {"mask": path}
+            if border and values:
+                region["value"] = next(iter(values))
+            yield Record(place, image.stem, name, name, (region,), area=sum(values.values()))
             return
         for value, pixels in values.items():
             region = {"mask": path, "value": value}
             yield Record(f"{place} value {value}", f"{image.stem}:{value}", name, name, (region,), area=pixels)
 
 
-def mask_values(path: Path) -> dict[int, int]:
-    """Return the values of a mask picture that mark regions, and how many pixels each has."""
+def mask_values(path: Path) -> tuple[dict[int, int], bool]:
+    """Return the values of a mask picture that mark regions, with their pixels, and whether it has a border, too."""
     array, palette = read_values(path)
     values, counts = np.unique(array, return_counts=True)
     found = {int(value): int(count) for value, count in zip(values, counts, strict=True) if value != 0}
-    if palette and len(found) > 1:
-        found.pop(_VOID, None)
-    return found
+    border = palette and len(found) > 1 and found.pop(_VOID, None) is not None
+    return found, border
 
 
 def read_values(path: Path) -> tuple[NDArray[Any], bool]:

@@ -82,9 +82,10 @@ class Station:
     def _run(self) -> None:
         try:
             self._job.run(self)
-        except Exception as error:  # handed to the calls
+        except BaseException as error:  # handed to the calls; some of vLLM's checks raise SystemExit
             self._job.stop.tell(f"{error}", Halt.now)
-        self._desk.close(self._job.stop.reason or "the engine has stopped")
+        finally:
+            self._desk.close(self._job.stop.reason or "the engine has stopped")
 
     def start(self) -> None:
         """Calls begin by themselves."""

@@ -1,7 +1,7 @@
 """What a job has done so far."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ class Totals:
 
     total: int | None = None  # records of the input that pass the filters, where known
     before: int = 0
+    errors_before: int = 0  # of those
     rows: int = 0
     errors: int = 0
     regions: int = 0
@@ -38,6 +39,12 @@ class Totals:
         self.cached_tokens += row["cached_tokens"]
         self.answer_tokens += row["answer_tokens"]
         self.forms[row["form"]] = self.forms.get(row["form"], 0) + 1
+
+    def counting(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+        """Pass on rows of an earlier run, and count the errors among them."""
+        for row in rows:
+            self.errors_before += "error" in row
+            yield row
 
     def elapsed(self) -> float:
         """Return seconds since the job began, or that it took."""
@@ -74,6 +81,7 @@ class Totals:
         names: tuple[str, ...] = (
             "total",
             "before",
+            "errors_before",
             "rows",
             "errors",
             "regions",

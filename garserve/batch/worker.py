@@ -6,16 +6,17 @@ Messages are JSON and arrays. The first one says how to prepare.
 import json
 import signal
 import sys
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
 from garserve.batch.bundles import Bundle
 from garserve.batch.parcel import Parcel, array_count
-from garserve.batch.wire import bundle_messages, has_image, read_bundle
+from garserve.batch.wire import has_image, read_bundle
 
 
-def send_bundle(connection: Connection, bundle: Bundle) -> None:
-    """Send a bundle to a worker that waits for one."""
-    for message in bundle_messages(bundle):
+def send_messages(connection: Connection, messages: Sequence[bytes]) -> None:
+    """Send a bundle's messages to a worker that waits for one."""
+    for message in messages:
         connection.send_bytes(message)
 
 

@@ -22,6 +22,8 @@ _Read = TypeVar("_Read")
 
 # Pixels of width x height above which a file is refused before it is decoded.
 MAX_PIXELS = 150_000_000
+# Pixels of a side: torch's resize holds every row of an image at the width of its tiles, 5 kB for one of 448.
+MAX_SIDE = 65_535
 
 # What is opened at all: Pillow also knows formats that run other programs, or that nobody keeps photographs in.
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "PPM")
@@ -34,7 +36,8 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> NDArray[
 
     `source` is a path, the bytes of a file, a `data:` URL, a PIL image, or an array [H, W], [H, W, 3] or [H, W, 4]
     of uint8, uint16 or bool. Palettes, alpha (on white), 16 bits a channel and CMYK are converted.
-    Raises ImageError naming the source when it cannot be read, is no image, or has more than `max_pixels` pixels.
+    Raises ImageError naming the source when it cannot be read, is no image, or has more than `max_pixels` pixels or
+    a side of more than MAX_SIDE.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
@@ -118,6 +121,8 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
         raise ImageError(f"{name}: {width}x{height} pixels; refused, more than {max_pixels} pixels")
+    if max(width, height) > MAX_SIDE:
+        raise ImageError(f"{name}: {width}x{height} pixels; refused, a side of more than {MAX_SIDE} pixels")
     if width == 0 or height == 0:
         raise ImageError(f"{name}: {width}x{height} pixels; expected at least one")
 
@@ -186,6 +191,8 @@ def _from_wide(image: Image.Image, name: str) -> Image.Image:
 def _from_array(array: NDArray[Any]) -> NDArray[np.uint8]:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or 0 in array.shape:
         raise ImageError(f"image array: expected shape [H, W], [H, W, 3] or [H, W, 4], got {list(array.shape)}")
+    if max(array.shape) > MAX_SIDE:
+        raise ImageError(f"image array: expected sides of at most {MAX_SIDE} pixels, got {list(array.shape)}")
     if array.dtype == np.uint16:
         array = (array >> 8).astype(np.uint8)
     elif array.dtype == np.bool_:

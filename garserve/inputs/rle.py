@@ -25,7 +25,7 @@ def decode_rle(rle: Any, height: int, width: int) -> NDArray[np.bool_]:
             f"rle: size: expected the image's [height, width] [{height}, {width}], got {rle['size']!r:.80}"
         )
     counts = rle["counts"]
-    runs = _runs_of_text(counts) if isinstance(counts, str | bytes) else _runs_of_list(counts)
+    runs = compressed_runs(counts) if isinstance(counts, str | bytes) else _runs_of_list(counts)
     if sum(runs) != height * width:
         raise RegionError(f"rle: counts: expected runs of {height * width} pixels in all, got {sum(runs)}")
     encoded: dict[str, Any] = {"size": size, "counts": counts}
@@ -44,16 +44,18 @@ def _runs_of_list(counts: Any) -> list[int]:
     return runs
 
 
-def _runs_of_text(counts: str | bytes) -> list[int]:
-    """Read the runs of COCO's compressed form: 5 bits a character from "0", low bits first, bit 6 for more;
-    from the fourth run on, a run is stored as its difference to the run two before (cocoapi, maskApi.c).
+def compressed_runs(counts: str | bytes) -> list[int]:
+    """Return the runs of COCO's compressed form; RegionError where it is none.
+
+    A character has 5 bits from "0", low bits first, bit 6 for more; from the fourth run on, a run is stored as its
+    difference to the run two before (cocoapi, maskApi.c).
     """
     data = counts.encode("ascii", "replace") if isinstance(counts, str) else counts
     runs: list[int] = []
     value = shift = 0
     for position, byte in enumerate(data):
         code = byte - 48
-        if not 0 <= code < 64 or shift > 30:
+        if not 0 <= code < 64 or shift > 25:  # no run needs a seventh
             raise RegionError(f"rle: counts: not COCO's compressed form at character {position}")
         value |= (code & 0x1F) << shift
         shift += 5

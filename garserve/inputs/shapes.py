@@ -125,8 +125,10 @@ class PolygonShape:
                     f"{self.kind}: spans x {min(xs):g}..{max(xs):g}, y {min(ys):g}..{max(ys):g}, "
                     f"outside the {width}x{height} image"
                 )
-        encoded = coco.frPyObjects([list(polygon) for polygon in self.polygons], height, width)
-        return coco.decode(coco.merge(encoded)).astype(np.bool_)
+        encoded = [coco.frPyObjects([list(polygon)], height, width)[0] for polygon in self.polygons]
+        while len(encoded) > 1:  # in pairs: COCO's code copies what it has for each further one, and lets nobody in
+            encoded = [coco.merge(encoded[i : i + 2]) for i in range(0, len(encoded), 2)]
+        return coco.decode(encoded[0]).astype(np.bool_)
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 from vllm.exceptions import GenerationError, VLLMClientError
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -98,10 +99,23 @@ def deadline_in(seconds: float) -> float | None:
 def stream_response(request: Request, events: AsyncIterator[str], deadline: float | None) -> StreamingResponse:
     """Answer with events; an error on the way is the last one before [DONE], since the status has been sent."""
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_guarded(request, events, deadline), media_type="text/event-stream", headers=headers)
+    return _ClosingResponse(_guarded(request, events, deadline), media_type="text/event-stream", headers=headers)
 
 
-async def _guarded(request: Request, events: Any, deadline: float | None) -> AsyncIterator[str]:
+class _ClosingResponse(StreamingResponse):
+    """Ends its events' work when it ends, also where an answer could not be sent, instead of when memory is tidied."""
+
+    body_iterator: AsyncGenerator[str]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.body_iterator.aclose()
+
+
+async def _guarded(request: Request, events: Any, deadline: float | None) -> AsyncGenerator[str]:
     try:
         async with aclosing(events) as source:
             while True:

@@ -14,7 +14,7 @@ from garserve.generation import Sampling
 from garserve.inputs.regions import Region
 from garserve.serving import metrics
 from garserve.serving.answering import DONE, as_api_error, attended, deadline_in, event, read_body, stream_response
-from garserve.serving.errors import APIError
+from garserve.serving.errors import APIError, cut_off, internal
 from garserve.serving.openapi import documented
 from garserve.serving.preparation import Picture, check_count
 from garserve.serving.routes import Route
@@ -168,6 +168,9 @@ class _Job:
                     continue
                 if body.stream and completion.text:
                     self._queue.put_nowait({"index": index, "delta": completion.text})
-                reason = "length" if completion.finish_reason == "length" else "stop"
+                if (reason := completion.finish_reason) not in ("stop", "length"):  # vLLM failed, or is going down
+                    error = internal() if reason == "error" else cut_off()
+                    self._queue.put_nowait({"index": index, **error.body()})
+                    return
                 counts = {"prompt_tokens": tokens, "completion_tokens": count}
                 self._queue.put_nowait({"index": index, "text": text, "finish_reason": reason, **counts})

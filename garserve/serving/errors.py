@@ -90,6 +90,11 @@ def internal() -> APIError:
     return APIError(500, "internal error; the server's log has it under this request's id", code="internal_error")
 
 
+def cut_off() -> APIError:
+    """A 503 for an answer that the engine ended before its end."""
+    return APIError(503, "the answer was cut off; this server is going down", code="cut_off")
+
+
 def engine_dead() -> APIError:
     """A 503 for the requests of an engine that is gone."""
     return APIError(503, "the engine has stopped; this server is going down", code="engine_dead")

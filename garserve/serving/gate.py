@@ -29,6 +29,10 @@ _LINGER_SECONDS = 0.3
 _ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 
 
+class _StalledError(Exception):
+    """A client that does not take its answer."""
+
+
 class Keys:
     """Compares keys by their hashes, in a time that tells nothing about them."""
 
@@ -68,6 +72,8 @@ class Gate:
             await self._pass(scope, passage)
         except APIError as error:
             await passage.refuse(error)
+        except _StalledError:
+            metrics.disconnected.inc()
         except Exception as error:  # nothing of the inside goes out
             logger.error("request failed", exc_info=error, extra={"fields": {"request_id": passage.id}})
             await passage.refuse(internal())
@@ -96,6 +102,7 @@ class _Passage:
     def __init__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send, settings: Settings) -> None:
         self._scope, self._receive, self._send = scope, receive, send
         self._most, self._seconds = settings.max_body_bytes, settings.body_seconds
+        self._send_seconds = settings.send_seconds
         self.headers = Headers(scope=scope)
         given = self.headers.get("x-request-id", "")
         self.id = given if _ID.fullmatch(given) else uuid.uuid4().hex
@@ -141,13 +148,17 @@ class _Passage:
         return message
 
     async def send(self, message: Message) -> None:
-        """Pass an answer on, with the request's id and without sniffing."""
+        """Pass an answer on, with the request's id and without sniffing; _StalledError where nobody takes it."""
         if message["type"] == "http.response.start":
             self._status = message["status"]
             headers = MutableHeaders(scope=message)
             headers["X-Request-Id"] = self.id
             headers["X-Content-Type-Options"] = "nosniff"
-        await self._send(message)
+        try:
+            await asyncio.wait_for(self._send(message), self._send_seconds)
+        except TimeoutError:
+            self._facts["stalled"] = True
+            raise _StalledError from None
 
     async def refuse(self, error: APIError) -> None:
         """Answer with an error, unless an answer has begun: then nothing can be said any more."""

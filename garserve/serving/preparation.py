@@ -63,8 +63,10 @@ class Preparer:
         Raises APIError or ImageError where it may not or cannot be read, before decoding where it is too large.
         """
         source: str | bytes = url
-        scheme = url[:8].partition(":")[0].lower()
+        scheme, colon, _ = url[:8].partition(":")
+        scheme = scheme.lower() if colon else ""
         if scheme == "data":
+            source = f"data{url[4:]}"
             most = self.settings.max_image_bytes
             if len(url) * 3 // 4 > most + 200:
                 raise too_large(f"image_url: more than {most} bytes", param="image_url")

@@ -4,7 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-_Seed = Annotated[int, Field(ge=0, lt=2**63)]
+# All of `n` answers' seeds, one after the other, have to fit into 64 bits.
+_Seed = Annotated[int, Field(ge=0, le=2**63 - 8)]
 
 _REGION_SCHEMA: dict[str, Any] = {
     "title": "Region",

@@ -25,6 +25,7 @@ class Settings:
     max_queue: int = 256  # requests in work or waiting
     max_text: int = 100_000  # characters of all messages together
     body_seconds: float = 30.0  # for a body to arrive
+    send_seconds: float = 60.0  # for a client to take the next piece of its answer
     fetch_seconds: float = 10.0  # for an image to be fetched
     request_seconds: float = 300.0  # for an answer; 0 is no limit
     drain_seconds: float = 60.0  # for what runs when SIGTERM comes

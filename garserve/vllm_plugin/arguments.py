@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,9 +88,14 @@ def quiet(*, verbose: bool) -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
 
 
+_environment = threading.Lock()
+
+
 @contextmanager
 def engine_environment(ranks: int, *, separate_process: bool) -> Iterator[None]:
     """Set what vLLM reads from the environment while an engine starts; whatever the user has set stays.
+
+    Engines start one after the other: the environment is the whole process's.
 
     `ranks` is the number of workers on this machine that share its cores.
     """
@@ -105,18 +111,19 @@ def engine_environment(ranks: int, *, separate_process: bool) -> Iterator[None]:
     }
     if os.environ.get("VLLM_LOGGING_LEVEL") == "ERROR":  # for the processes that vLLM starts
         wanted |= {"PYTHONWARNINGS": "ignore::FutureWarning", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    changed = {name: value for name, value in wanted.items() if name not in os.environ}
-    if separate_process and current_platform.is_cpu():
-        changed |= openmp_environment()
-    # By this one vLLM chooses its process mode, and on a CPU its executor; it is read anew for each engine.
-    changed["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if separate_process else "0"
-    before = {name: os.environ.get(name) for name in changed}
-    os.environ.update(changed)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    with _environment:
+        changed = {name: value for name, value in wanted.items() if name not in os.environ}
+        if separate_process and current_platform.is_cpu():
+            changed |= openmp_environment()
+        # By this one vLLM chooses its process mode, and on a CPU its executor; it is read anew for each engine.
+        changed["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if separate_process else "0"
+        before = {name: os.environ.get(name) for name in changed}
+        os.environ.update(changed)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value

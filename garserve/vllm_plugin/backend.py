@@ -60,7 +60,8 @@ class VLLMBackend:
             self.driver = EngineDriver(arguments, separate_process=separate_process)
             from vllm.platforms import current_platform
 
-            self._on_cpu = current_platform.is_cpu()
+            chunked = self.driver.engine.vllm_config.scheduler_config.enable_chunked_prefill
+            self._takes_seeds = not (current_platform.is_cpu() and chunked)
         except GarserveError:
             self._release_process()
             raise
@@ -91,8 +92,7 @@ class VLLMBackend:
         Raises RequestError for a seed that would stop the engine: vLLM's CPU build ends with «CPU Generator does not
         use offset» where a prompt with a seed is prefilled in parts.
         """
-        scheduler = self.driver.engine.vllm_config.scheduler_config
-        if sampling.seed is not None and sampling.temperature and self._on_cpu and scheduler.enable_chunked_prefill:
+        if sampling.seed is not None and sampling.temperature and not self._takes_seeds:
             raise RequestError(
                 "seed: vLLM's CPU build takes none with a temperature above 0, unless loaded with "
                 "enable_chunked_prefill=False"

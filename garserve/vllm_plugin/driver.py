@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -81,9 +82,15 @@ class EngineDriver:
         from garserve.vllm_plugin.multimodal import engine_input, share_with_engine
 
         prompt = engine_input(prepared)
-        if (cache := self.engine.renderer.mm_processor_cache) is not None:
+        cache = self.engine.renderer.mm_processor_cache
+        if cache is not None:
             share_with_engine(cache, prompt)
-        return self.engine.add_request(number, prompt, sampling_params(sampling))
+        try:
+            return self.engine.add_request(number, prompt, sampling_params(sampling))
+        except Exception:
+            for item in prepared.items if cache is not None else ():  # the engine never saw them
+                cache.invalidate(item.hash)
+            raise
 
     def call(self, function: Callable[["LLMEngine"], Any]) -> Any:
         """Run a function on the engine in its thread, between two steps, and return what it returns."""
@@ -145,7 +152,11 @@ class EngineDriver:
                 return
             self._dead = GarserveError("its process died")
             self._inbox.put(None)
-        engine.engine_core.outputs_queue.put_nowait(self._dead)  # type: ignore[attr-defined]
+        core: Any = engine.engine_core
+        core.outputs_queue.put_nowait(self._dead)
+        for waiting in list(core.utility_results.values()):  # `call` may wait for one of these instead
+            with suppress(InvalidStateError):  # it has been answered
+                waiting.set_exception(self._dead)
 
     def _take_commands(self) -> bool:
         """Run what callers have sent, waiting for it while there is nothing to compute. False ends the thread."""
@@ -170,9 +181,14 @@ class EngineDriver:
             completion = output.outputs[0]
             if output.finished:
                 del self._running[output.request_id]
+                if (reason := completion.finish_reason) not in ("stop", "length"):
+                    failed = GarserveError("the engine was told to stop") if reason == "abort" else None
+                    failed = failed or RequestError(f"vLLM gave this request up (finish reason: {reason})")
+                    deliver(running.on_report, failed)
+                    continue
             progress = Progress(
                 list(completion.token_ids),
-                (completion.finish_reason or "stop") if output.finished else None,
+                completion.finish_reason if output.finished else None,
                 output.num_cached_tokens or 0,
                 _first_logits(completion.logprobs),
             )

@@ -230,6 +230,10 @@ class GARMultiModalProcessor(BaseMultiModalProcessor[GARProcessingInfo]):
                 "image: given by uuid only; garserve needs the picture, the same one may have other regions"
             )
         image = load_image(picture if isinstance(picture, Image.Image) else np.asarray(picture))
+        for position, region in enumerate(options.regions):  # they come from clients: no file of this machine is theirs
+            mask = region.get("mask") if isinstance(region, dict) else None
+            if isinstance(mask, str) and not mask.startswith("data:"):
+                raise RequestError(f"mm_processor_kwargs: regions[{position}]: mask: expected a PNG as a data URL")
         regions = [Region.parse(region) for region in options.regions]
         token_ids, listed = self._prompt(processor, list(inputs.prompt), len(regions), options.form)
         masks = draw_masks(regions, image.shape[0], image.shape[1])

@@ -24,13 +24,17 @@ class _Patience:
         """Take vLLM's choice; where it would admit a request only up to its image, admit nothing of it.
 
         A request that got as far as a later item is left alone: vLLM keeps the items before it for the request from
-        here on, and in a queue it would keep them from those that need the room.
+        here on, and in a queue it would keep them from those that need the room. So is one that nothing runs beside,
+        or that no step takes with its image at once (`disable_chunked_mm_input`): it would wait for nothing.
         """
         chosen = super()._try_schedule_encoder_inputs(  # type: ignore[misc]
             request, num_computed_tokens, num_new_tokens, *rest, **named
         )
         inputs, tokens, *others = chosen
         cut = 0 < tokens < num_new_tokens and request.status in _QUEUED
+        whole_items = self.scheduler_config.disable_chunked_mm_input  # type: ignore[attr-defined]
+        if not self.running or whole_items:  # type: ignore[attr-defined]
+            return chosen
         if cut and num_computed_tokens + tokens == request.mm_features[0].mm_position.offset:
             return (inputs, 0, *others)
         return chosen
