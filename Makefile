@@ -39,7 +39,9 @@ bench: setup
 
 bench-full: bench
 	$(BIN)/python benchmarks/replay.py --save
-	for workload in five questions stream; do $(BIN)/python benchmarks/end_to_end.py --workload $$workload --save || exit 1; done
+	$(BIN)/python benchmarks/end_to_end.py --workload stream --images 8 --save
+	$(BIN)/python benchmarks/end_to_end.py --workload five --images 4 --save
+	$(BIN)/python benchmarks/end_to_end.py --workload questions --save
 	$(BIN)/python benchmarks/end_to_end.py $(REDUCED) --save
 	$(BIN)/python benchmarks/end_to_end.py $(REDUCED) --group 4 --save
 	$(BIN)/python benchmarks/end_to_end.py $(REDUCED) --workload stream --images 4 --save

@@ -24,13 +24,17 @@ from rich.table import Table
 
 import garserve
 from garserve.bench.cost import prefill_flops, tile_flops
-from garserve.bench.machine import peaks
+from garserve.bench.machine import peaks, versions
 from garserve.bench.workload import DENSE, make_workload
 from garserve.checkpoint import Checkpoint, resolve
 from garserve.inputs.request import RegionRequest
 from garserve.inputs.tiles import choose_grid
 from garserve.model.random_checkpoint import write_random_checkpoint
 
+_CONDITIONS = (
+    "float32, greedy, equal tokens; rates are requests a second, ratios medians of those of each round; vLLM with KV "
+    "blocks of 32 tokens; upstream: one request at a time, careful batch: whole batches of one image"
+)
 _SIZES = {"tiny": (640, 480), "GAR-1B": (1792, 1792)}
 console = Console()
 
@@ -47,6 +51,7 @@ class Side:
 
 
 def main(
+    context: typer.Context,
     model: Annotated[Literal["tiny", "GAR-1B"], typer.Option(help="Checkpoint.")] = "tiny",
     depth: Annotated[int | None, typer.Option(min=1, help="Blocks of the tower (GAR-1B: 23).")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Layers of the decoder (GAR-1B: 16).")] = None,
@@ -92,23 +97,15 @@ def main(
                 limits.append(_flops(engine, known, tiles, after.computed - before.computed))
     figures = _figures(sides, limits)
     title = f"{model}, {workload}{f' of {regions}' if workload == 'dense' else ''}, groups of {group}"
+    title += f", {images} images" if images > 1 else ""
+    title += "".join(f", {name} {cut}" for name, cut in (("depth", depth), ("layers", layers)) if cut is not None)
     title += "" if tile_reuse else ", no tile kept"
     title += "" if apart else ", peers in garserve's process"
     _print(title, figures)
     if save_results:
-        shape = f"depth {depth}, layers {layers}" if model != "tiny" else "whole"
-        command = (
-            f"python benchmarks/end_to_end.py --model {model} --workload {workload} --regions {regions} --group {group}"
-        )
-        command += f" --depth {depth} --layers {layers}" if model != "tiny" else ""
-        command += "" if apart else " --together"
-        where = "in a process of their own" if apart else "in garserve's process"
-        conditions = (
-            "float32, greedy, equal tokens; rates are requests a second, ratios medians of those of each round; vLLM "
-            "with KV blocks of 32 tokens; upstream: one request at a time, careful batch: batches of one image"
-        )
-        entry = {"command": f"{command} --max-tokens {max_tokens}", "shape": shape, "peers": where, **figures}
-        print(save("end_to_end", _merged(title, entry), conditions))
+        where = "in a process of their own, with torch's OpenMP" if apart else "in garserve's process"
+        entry = {"command": _command(context), "peers": where, "versions": versions(), **figures}
+        print(save("end_to_end", {**saved("end_to_end"), title: entry}, _CONDITIONS))
 
 
 def _checkpoint(model: str, depth: int | None, layers: int | None, stack: ExitStack) -> Path:
@@ -133,7 +130,9 @@ def _sides(
         return peers.batched(requests, batch)
 
     sides = [Side("garserve", ours, None), Side("upstream", peers.upstream, peer_regions)]
-    return [*sides, Side("careful batch", batched, max(peer_regions, batch))] if batch else sides
+    if not batch:
+        return sides
+    return [*sides, Side("careful batch", batched, -(-peer_regions // batch) * batch)]  # whole batches alone
 
 
 def _time(side: Side, requests: Sequence[RegionRequest], *, counted: bool) -> None:
@@ -194,9 +193,16 @@ def _figures(sides: Sequence[Side], limits: Sequence[dict[str, float]]) -> dict[
     return figures
 
 
-def _merged(title: str, entry: dict[str, Any]) -> dict[str, Any]:
-    """Put an entry beside those of other workloads that were saved before."""
-    return {**saved("end_to_end"), title: entry}
+def _command(context: typer.Context) -> str:
+    """Return the command that this is, with every option that has another value than its default."""
+    told = ["python benchmarks/end_to_end.py"]
+    for option in context.command.params:
+        value = context.params[str(option.name)]
+        if option.name == "save_results" or value == option.default:
+            continue
+        names = option.opts if value is not False else option.secondary_opts
+        told.append(names[0] if isinstance(value, bool) else f"{names[0]} {value}")
+    return " ".join(told)
 
 
 def _print(title: str, figures: dict[str, Any]) -> None:

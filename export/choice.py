@@ -1,12 +1,13 @@
 """Which vision half an engine uses: the checkpoint's own in torch, or an exported one in ONNX Runtime."""
 
+import fcntl
 import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from garserve.checkpoint import Checkpoint
-from garserve.errors import OnnxError, RequestError
+from garserve.errors import RequestError
 from garserve.model.fingerprint import vision_fingerprint
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def _fastest(checkpoint: Checkpoint, dtype: object) -> Choice | None:
         if not onnx_is_faster(checkpoint, exported, name):
             return None
         return model_path(exported).resolve(), find_provider("cpu")
-    except (OnnxError, OSError, RuntimeError) as error:  # RuntimeError: torch's, for a dtype that it cannot compute in
+    except Exception as error:  # torch's, onnx's and ONNX Runtime's are of any kind, and nobody asked for an export
         _log.warning("the tower stays in torch: it could not be compared with an exported one (%s)", error)
         return None
 
@@ -94,6 +95,9 @@ def _kept_export(checkpoint: Checkpoint, fingerprint: str) -> Path:
     from garserve.export.vision import export_vision
 
     folder = cache_folder() / "vision" / f"{fingerprint}-fp32-{_LAYOUT}"
-    if not (folder / "vision.onnx").is_file():
-        export_vision(checkpoint, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes second finds what the first has made
+        if not (folder / "vision.onnx").is_file():
+            export_vision(checkpoint, folder)
     return folder

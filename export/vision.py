@@ -78,8 +78,8 @@ def export_vision(
         tolerance=TOLERANCES[dtype],
         config=vision_settings(checkpoint.config),
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as made:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".making-") as made:
         path = Path(made) / FILE
         write_graph(encoder, path, info)
         if dtype == "int8":
@@ -146,8 +146,8 @@ def write_graph(encoder: RegionEncoder, path: Path, info: ModelInfo) -> None:
 
 
 def _move(made: Path, folder: Path) -> None:
-    """Put the files in place, the model last: whoever finds it finds its weights."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Put the files in place, the model last: whoever finds it finds its weights, and never another model's."""
+    (folder / FILE).unlink(missing_ok=True)
     for name in sorted(os.listdir(made), key=lambda name: name == FILE):
         shutil.copymode(made / FILE, made / name)  # onnx makes data files that only their owner may read
         shutil.move(made / name, folder / name)

@@ -112,13 +112,14 @@ def batch(
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Answer every region of a data set, each exactly once, whatever happens in between.
+    """Answer every request of a data set, each exactly once, whatever happens in between.
 
     The same command goes on where it was stopped: after Ctrl-C (once: what runs is finished; twice: at once), a crash
     or a full disk. What cannot be answered becomes a row with an error. With --ray, a cluster answers, and the loss of
     a process or of a node costs what it was about to answer, which others answer again.
 
-    Exit code: 0 all is answered, 1 some rows are errors, 2 nothing was begun, 3 stopped early, 130 interrupted.
+    Exit code: 0 all is answered, 1 some rows are errors, 2 nothing was begun (or a file beside the output could not be
+    written at the end), 3 stopped early, 130 interrupted.
     """
     from garserve.batch.limits import Limits, Stop
     from garserve.batch.outputs import check_apart, check_coco, check_parquet, write_coco, write_parquet

@@ -46,7 +46,7 @@ IdsOption = Annotated[
     Path | None, typer.Option(help="Only the ids in this file, one a line.", rich_help_panel=_SELECTION)
 ]
 FirstOption = Annotated[
-    int | None, typer.Option(min=1, help="Only the first so many regions.", rich_help_panel=_SELECTION)
+    int | None, typer.Option(min=1, help="Only the first so many requests.", rich_help_panel=_SELECTION)
 ]
 ShardOption = Annotated[
     str | None,
@@ -119,7 +119,7 @@ RetryOption = Annotated[
 CocoOption = Annotated[
     Path | None,
     typer.Option(
-        help="When all is answered, write the input here, COCO's JSON, with a caption in each annotation.",
+        help="When all is answered, write the input, which has to be COCO's JSON, here, with captions in it.",
         rich_help_panel=_OUTPUT,
     ),
 ]

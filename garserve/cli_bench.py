@@ -3,6 +3,7 @@
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from random import randrange
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -81,6 +82,7 @@ def latency(
         checkpoint, backend, engine_option, verbose, max_num_tiles=max_num_tiles, tile_cache_gb=tile_cache_gb
     ) as engine:
         conditions = f"{checkpoint} ({backend}), {workload}, {size} pixels"
+        conditions += _options(max_num_tiles, tile_cache_gb, engine_option, max_tokens)
         result, spans = measure_latency(engine, asked.requests[each:], asked.requests[0], conditions)
     if trace is not None:
         write_chrome_trace(trace, spans)
@@ -112,15 +114,19 @@ def throughput(
 
     _check_targets(save)
     pixels = parse_pair("--size", size)
+    if regions is not None and group > 1:
+        raise RequestError("--group: expected it without --regions, whose regions are asked about one by one")
     if regions is None:
         asked = make_workload(workload, images, pixels, max_tokens=max_tokens, group=group)
     else:
         asked = real_workload(regions, max_tokens=max_tokens)
-    warm = make_workload("stream", 1, pixels, max_tokens=max_tokens).requests[0]
+    warm = make_workload("stream", 1, pixels, max_tokens=max_tokens, first=images).requests[0]
     with open_engine(
         checkpoint, backend, engine_option, verbose, max_num_tiles=max_num_tiles, tile_cache_gb=tile_cache_gb
     ) as engine:
-        conditions = f"{checkpoint} ({backend}), {asked.name}, groups of {group}, {size} pixels"
+        pictures = f"groups of {group}, {size} pixels" if regions is None else "one by one"
+        conditions = f"{checkpoint} ({backend}), {asked.name}, {pictures}"
+        conditions += _options(max_num_tiles, tile_cache_gb, engine_option, max_tokens)
         result = measure_throughput(engine, asked, warm, conditions, in_flight=in_flight)
     _show(result, as_json, save)
 
@@ -211,13 +217,17 @@ def serve(
     slo_itl: Annotated[float | None, typer.Option(min=0, help="Most seconds between its tokens.")] = None,
     slo_e2e: Annotated[float | None, typer.Option(min=0, help="Most seconds to its end.")] = None,
     max_tokens: _AnswerOption = 64,
-    seed: Annotated[int, typer.Option(help="Of the times at which an open loop sends.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, max=9999, help="Of pictures, regions, and times of an open loop (default: new)."),
+    ] = None,
     as_json: JsonOption = False,
     save: _SaveOption = None,
 ) -> None:
     """Load a running server: TTFT, ITL, E2E, and how many requests a second kept the limits.
 
-    Without [bold]--rate[/], the load is a closed loop. Needs httpx ([bold]pip install 'garserve\\[serve][/]').
+    Without [bold]--rate[/], the load is a closed loop. A server with keys gets
+    that of GARSERVE_API_KEY. Needs httpx ([bold]pip install 'garserve\\[serve][/]').
     """
     if find_spec("httpx") is None:
         raise GarserveError("bench serve needs httpx: pip install 'garserve[serve]'")
@@ -227,11 +237,22 @@ def serve(
     from garserve.bench.workload import make_workload, parse_pair
 
     _check_targets(save)
-    asked = make_workload(workload, images, parse_pair("--size", size), max_tokens=max_tokens)
+    seed = randrange(10_000) if seed is None else seed
+    first = seed * (images + 1)  # a server remembers what it has seen: other pictures for each seed, one to warm up
+    pixels = parse_pair("--size", size)
+    asked = make_workload(workload, images, pixels, max_tokens=max_tokens, first=first)
+    warm = bodies(make_workload("stream", 1, pixels, max_tokens=max_tokens, first=first + images), model, max_tokens)
     limits, requests = Limits(slo_ttft, slo_itl, slo_e2e), bodies(asked, model, max_tokens)
-    conditions = f"{asked.name}, {asked.images} images of {size} pixels"
-    result = measure_serve(url, requests, conditions, limits, rate=rate, clients=clients, seed=seed)
+    conditions = f"{asked.name}, {asked.images} images of {size} pixels, --seed {seed}, --max-tokens {max_tokens}"
+    result = measure_serve(url, requests, conditions, limits, warm=warm, rate=rate, clients=clients, seed=seed)
     _show(result, as_json, save)
+
+
+def _options(tiles: int | None, cache_gb: float | None, engine: list[str] | None, tokens: int) -> str:
+    """Return what of an engine's and an answer's options was chosen, for the conditions of figures."""
+    chosen = {"--max-num-tiles": tiles, "--tile-cache-gb": cache_gb, "--max-tokens": tokens}
+    told = [f"{name} {value}" for name, value in chosen.items() if value is not None]
+    return ", ".join(["", *told, *(f"--engine-option {one}" for one in engine or [])])
 
 
 def _show(result: "Result", as_json: bool, save: Path | None) -> None:

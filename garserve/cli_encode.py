@@ -24,7 +24,7 @@ from garserve.cli_shared import console, status_console
 def encode(
     input_file: Annotated[
         Path,
-        typer.Option("--input", "-i", exists=True, dir_okay=False, help="Requests, as [bold]garserve batch[/] takes."),
+        typer.Option("--input", "-i", exists=True, dir_okay=False, help="Requests, a JSON object a line."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the embeddings and their requests.jsonl.")],
     checkpoint: CheckpointOption = TINY,
@@ -40,6 +40,8 @@ def encode(
     Writes a safetensors file for each image with its regions, and requests.jsonl, the same requests with these files
     in the place of pixels: [bold]garserve batch -i FOLDER/requests.jsonl[/] answers them. Bad lines go to
     errors.jsonl.
+
+    Exit code: 0 all is encoded, 1 some lines were bad.
     """
     from garserve.batch.encode import Encoded, FileEncoder, check_folder, run_encode
     from garserve.batch.lines import count_lines
@@ -78,3 +80,5 @@ def encode(
             f"{done.rows} rows, {done.errors} of them errors, {done.files} files, {tiles.computed} of {tiles.asked} "
             f"tiles computed: {escape(str(output))}"
         )
+    if done.errors:
+        raise typer.Exit(1)

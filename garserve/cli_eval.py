@@ -74,6 +74,8 @@ def tiny(
     if answers is not None:
         check_target(answers)
     questions = read_questions(data or PACKAGED, limit)
+    if Part.mask in parts and vision_backend is None and vision_model is None:
+        vision_backend = "torch"  # of an exported tower, the mask embedding cannot be taken out
     choices = {"tile_cache_gb": tile_cache_gb, "vision_backend": vision_backend, "vision_model": vision_model}
     with (
         open_engine(checkpoint, backend, engine_option, verbose, **choices) as engine,

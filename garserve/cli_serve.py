@@ -87,7 +87,7 @@ def serve(
 ) -> None:
     """Serve a checkpoint: OpenAI's chat with regions, descriptions of regions, and a page to try it.
 
-    Exit code: 0 after SIGTERM or Ctrl-C, 1 when the engine was lost, 2 when nothing was begun.
+    Exit code: 0 after SIGTERM or Ctrl-C (130 while it starts), 1 when the engine was lost, 2 when nothing was begun.
     """
     from garserve.serving.launch import Launch
     from garserve.serving.launch import serve as run

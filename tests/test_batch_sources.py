@@ -159,14 +159,16 @@ def test_openai_batch_file(tmp_path: Path, masks: list[np.ndarray], picture_path
         line("c", "https://example.org/a.png", {"regions": [region]}),
         line("d", "a.png", {}),
         {"custom_id": "e", "body": {"messages": [{"role": "user", "content": 5}]}},
+        line("f", "a.png", {}),
     ]
+    lines[-1]["body"]["messages"][1]["content"][0]["regions"] = [region]  # as the server takes them
     path = write_lines(tmp_path / "batch.jsonl", list(lines))
     assert detect(path) is Format.openai
     records = list(open_source(path).records())
-    check(records[:2], masks[:1] * 2, picture_path)
+    check([*records[:2], records[5]], masks[:1] * 3, picture_path)
     assert records[0].options == {"system": "Be brief.", "question": "What is <Prompt0>?", "max_tokens": 7}
-    assert [record.id for record in records] == ["a", "b", "c", "d", "e"]
-    for record, part in zip(records[2:], ("nothing is fetched", "regions: missing", "content"), strict=True):
+    assert [record.id for record in records] == ["a", "b", "c", "d", "e", "f"]
+    for record, part in zip(records[2:5], ("nothing is fetched", "regions: missing", "content"), strict=True):
         assert part in str(record.error)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from garserve.bench import load
 from garserve.bench.load import Outcome, bodies, closed_loop, open_loop
 from garserve.bench.serve import Limits, serve
 from garserve.bench.workload import make_workload
@@ -129,3 +130,21 @@ def test_goodput_is_under_the_limits() -> None:
     assert not Limits(e2e=0.19).kept(fast)
     assert str(Limits()) == "none"
     assert str(Limits(ttft=0.5)) == "ttft 0.5 s"
+
+
+def test_what_warms_a_server_up_is_sent_first_and_not_counted(server: ThreadingHTTPServer) -> None:
+    asked = bodies(make_workload("stream", 3, SIZE, max_tokens=8), "tiny", 8)
+    warm = bodies(make_workload("stream", 1, SIZE, max_tokens=8, first=3), "tiny", 8)
+    result = serve(_url(server), asked, "some", Limits(), warm=warm, clients=3)
+    assert "3 requests" in result.conditions
+    sent = server.bodies  # type: ignore[attr-defined]
+    assert sent[0] == warm[0]
+    assert len(sent) == 4
+    assert warm[0] not in asked
+
+
+def test_a_server_with_keys_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GARSERVE_API_KEY", "a key")
+    assert load._client(1).headers["Authorization"] == "Bearer a key"
+    monkeypatch.delenv("GARSERVE_API_KEY")
+    assert "Authorization" not in load._client(1).headers

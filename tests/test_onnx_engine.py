@@ -154,7 +154,9 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     source = write_lines(folder / "in.jsonl", lines)
     arguments = ["encode", "-i", str(source), "-o", str(folder / "out"), "--vision-model", str(tiny_models()), "--json"]
-    summary = json.loads(CliRunner().invoke(app, arguments, catch_exceptions=False).stdout)
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 1
+    summary = json.loads(result.stdout)
     assert (summary["rows"], summary["errors"], summary["files"]) == (5, 2, 2)
     assert summary["tiles_computed"] < summary["tiles"]
     return folder

@@ -192,8 +192,7 @@ def test_fetching_goes_where_it_may(redirector: int) -> None:
             return ["93.184.216.34"] if looked_up.count(host) == 1 else ["10.0.0.1"]
         return {"good.test": ["127.0.0.1"], "private.test": ["10.0.0.1"], "mixed.test": ["127.0.0.1", "10.0.0.1"]}[host]
 
-    hosts = [f"{name}.test" for name in ("good", "private", "mixed", "rebound")]
-    hosts += [f"{name}:{redirector}" for name in hosts]
+    hosts = [f"{name}.test:{redirector}" for name in ("good", "private", "mixed", "rebound")]
     fetch = Fetcher(
         hosts,
         max_bytes=200_000,

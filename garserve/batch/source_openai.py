@@ -1,6 +1,7 @@
 """The file format of OpenAI's batches: {"custom_id", "method", "url", "body"} a line, the body a chat request.
 
-The regions are in the body, as "regions" or as plain vLLM has them, in "mm_processor_kwargs".
+The regions are in the body, as "regions", or beside "image_url", as garserve's server takes them, too, or in
+"mm_processor_kwargs", as plain vLLM has them.
 """
 
 import os
@@ -26,6 +27,7 @@ class _ImageURL(_Strict):
 class _Image(_Strict):
     type: Literal["image_url"]
     image_url: _ImageURL
+    regions: list[Any] | None = None
 
 
 class _Text(_Strict):
@@ -42,8 +44,8 @@ class _Message(_Strict):
             return self.content
         return "\n".join(part.text for part in self.content if isinstance(part, _Text))
 
-    def images(self) -> list[str]:
-        return [] if isinstance(self.content, str) else [p.image_url.url for p in self.content if isinstance(p, _Image)]
+    def images(self) -> list[_Image]:
+        return [] if isinstance(self.content, str) else [part for part in self.content if isinstance(part, _Image)]
 
 
 class _Kwargs(_Strict):
@@ -82,15 +84,16 @@ def _record(line: _Line, place: str, folder: Path) -> Record:
     options: dict[str, Any] = {}
     if messages and messages[0].role in ("system", "developer"):
         options["system"] = messages.pop(0).text()
-    images = [url for message in messages for url in message.images()]
+    images = [image for message in messages for image in message.images()]
     if not messages or messages[0].role != "user" or len(messages[0].images()) != 1 or len(images) != 1:
         raise RequestError(f"messages: expected one image, in the first message of the user, got {len(images)}")
     if len(messages) > 1:
         options["turns"] = [[message.role, message.text()] for message in messages[1:]]
-    regions = line.body.regions if line.body.regions is not None else line.body.mm_processor_kwargs.regions
+    places = (images[0].regions, line.body.regions, line.body.mm_processor_kwargs.regions)
+    regions = next((found for found in places if found is not None), None)
     if regions is None:
         raise RequestError("body: regions: missing; a request names the regions of its image")
-    image = _local(images[0], folder)
+    image = _local(images[0].image_url.url, folder)
     options |= {
         "question": messages[0].text().strip() or None,
         "max_tokens": line.body.max_completion_tokens or line.body.max_tokens,

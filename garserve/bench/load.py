@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import os
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -93,7 +94,9 @@ async def closed_loop(url: str, requests: Sequence[dict[str, Any]], clients: int
 
 def _client(connections: int) -> httpx.AsyncClient:
     limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-    return httpx.AsyncClient(timeout=_TIMEOUT, limits=limits, trust_env=False)
+    key = os.environ.get("GARSERVE_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return httpx.AsyncClient(timeout=_TIMEOUT, limits=limits, headers=headers, trust_env=False)
 
 
 async def _ask(client: httpx.AsyncClient, url: str, body: dict[str, Any], due: float) -> Outcome:

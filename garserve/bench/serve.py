@@ -38,15 +38,18 @@ def serve(
     conditions: str,
     limits: Limits,
     *,
+    warm: Sequence[dict[str, Any]] = (),
     rate: float | None = None,
     clients: int = 1,
     seed: int = 0,
 ) -> Result:
     """Load the server at `url`: open loop with `rate` requests a second, closed loop with `clients` where it is None.
 
+    Requests in `warm` are sent first, one after the other, and not counted.
     Raises GarserveError where nothing was answered; failed requests are counted, and never good.
     """
     base = url.rstrip("/").removesuffix("/v1")
+    asyncio.run(closed_loop(base, warm, 1))
     if rate is None:
         outcomes = asyncio.run(closed_loop(base, requests, clients))
     else:

@@ -9,7 +9,18 @@ from garserve.engine import Engine
 from garserve.errors import RequestError
 from garserve.evaluation.part import Part
 from garserve.inputs.processor import Item
+from garserve.model.encoder import RegionEncoder
 from garserve.model.reference_backend import ReferenceBackend
+
+
+def checked(part: Part, engine: Engine) -> RegionEncoder:
+    """Return the encoder that a part can be taken out of; RequestError where it cannot."""
+    if not isinstance(engine.backend, ReferenceBackend):
+        raise RequestError(f"ablation: expected the reference backend, got {engine.backend.name!r}")
+    encoder = engine.backend.model.encoder
+    if part is Part.mask and encoder.vision is not None:
+        raise RequestError("ablation: the mask embedding can be taken out of the torch tower only")
+    return encoder
 
 
 @contextmanager
@@ -18,9 +29,7 @@ def without(part: Part, engine: Engine) -> Iterator[Engine]:
 
     "replay": the crop tokens' features are zero. "mask": the tower's mask embedding is zero.
     """
-    if not isinstance(engine.backend, ReferenceBackend):
-        raise RequestError(f"ablation: expected the reference backend, got {engine.backend.name!r}")
-    encoder = engine.backend.model.encoder
+    encoder = checked(part, engine)
     if part is Part.replay:
         whole = encoder.encode
 
@@ -36,8 +45,6 @@ def without(part: Part, engine: Engine) -> Iterator[Engine]:
         finally:
             del encoder.encode
         return
-    if encoder.vision is not None:
-        raise RequestError("ablation: the mask embedding can be taken out of the torch tower only")
     weight = encoder.tower.mask_patch_embedding.weight
     kept = weight.detach().clone()
     try:

@@ -91,7 +91,9 @@ class RegionEncoder(nn.Module):
             for tile, mask, key in zip(item.tiles, item.masks, item.keys, strict=True)
         }
         keys = list(tiles)
-        asked = sum(len(item.keys) for item in items)
+        images = {key for item in items if item.roi is None for key in item.keys}
+        # What whole images would cost, and regions whose image is not beside them here.
+        asked = sum(key not in images or item.roi is None for item in items for key in item.keys)
         self.allocate()
         placement = self.tile_cache.place(keys, asked)
         missing = [keys[position] for position in placement.missing]

@@ -17,7 +17,7 @@ DEFAULT_GB = 0.5
 
 @dataclass(frozen=True)
 class TileCounts:
-    """What became of the tiles asked for since the start, each of an item counted."""
+    """What became of the tiles asked for since the start: those of each image, and of regions without their image."""
 
     asked: int = 0
     computed: int = 0  # once in a step, however many items of it share the tile

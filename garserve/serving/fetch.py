@@ -113,7 +113,7 @@ class Fetcher:
             raise APIError(400, "image_url: not a URL", code="image_url") from None
         if parts.scheme not in ("http", "https") or parts.username is not None or parts.password is not None:
             raise APIError(400, f"image_url: expected http(s)://host/path, got {url!r:.80}", code="image_url")
-        if host not in self._hosts:
+        if not {host, f"{host}:{port}"} & set(self._hosts):
             raise APIError(
                 400, f"image_url: {host!r:.80} is not a host that this server fetches from", code="image_host"
             )
