@@ -244,6 +244,20 @@ def test_training_goes_on_where_it_stopped(
     saved = load_file(tmp_path / "model.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == expected_tensors(checkpoint.config)
     assert (tmp_path / "model.safetensors").stat().st_size <= 12_000_000
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["model.safetensors"], "weights, and nothing else"
+
+
+def test_the_mean_of_two_checkpoints(checkpoint: Checkpoint, mini: Path, tmp_path: Path) -> None:
+    mean = training_module("mean").main
+    other = write_random_checkpoint(tmp_path / "other", "tiny", seed=5)
+    mean(checkpoint.folder, other, tmp_path / "mean", 0.75)
+    between = Checkpoint.open(tmp_path / "mean").module_state()
+    first, second = checkpoint.module_state(), Checkpoint.open(other).module_state()
+    for name, tensor in between.items():
+        torch.testing.assert_close(tensor, 0.25 * first[name] + 0.75 * second[name])
+    assert not all(torch.equal(first[name], second[name]) for name in first)
+    with pytest.raises(SystemExit, match="expected weights of the names and shapes of"):
+        mean(checkpoint.folder, mini, tmp_path / "mean", 0.5)
 
 
 def test_questions_are_true(shown: object) -> None:

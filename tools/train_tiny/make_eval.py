@@ -64,6 +64,8 @@ class Folder:
         chosen: dict[tuple[str | None, tuple[int, ...]], tuple[Question, list[int]]] = {}
         for one, regions in asked:
             kind, key = (one.attribute, one.form), (one.text, tuple(regions))
+            if one.form == "describe" and not one.truth:
+                continue  # nothing about the region is clear
             if key not in chosen and self.counts[kind] < self.per_kind and here[kind] < self.per_picture:
                 chosen[key] = (one, regions)
                 self.counts[kind] += 1

@@ -125,7 +125,19 @@ def _paint(rng: Generator, height: int, width: int, *, textured: bool) -> NDArra
     return surface
 
 
-def scene(rng: Generator) -> Picture:
+@dataclass(frozen=True)
+class Crowd:
+    """How often a picture gets one to five regions, and how often one inside of or overlapping another besides."""
+
+    counts: tuple[float, ...]
+    pairs: float
+
+
+HELD_OUT = Crowd((0.22, 0.38, 0.18, 0.12, 0.1), 0.25)
+TAUGHT = Crowd((0.2, 0.34, 0.18, 0.16, 0.12), 0.45)  # more of what is hardest to tell: how two regions lie
+
+
+def scene(rng: Generator, crowd: Crowd = HELD_OUT) -> Picture:
     """Draw a procedural scene: a background and two to nine shapes, some textured, some hiding others."""
     height, width = _frame(rng)
     if rng.random() < 0.15:
@@ -147,10 +159,12 @@ def scene(rng: Generator) -> Picture:
         shown.append(mask)
     pixels = _camera(rng, image)
     usable = [mask for mask in shown if mask.sum() >= 25 and mask.mean() >= 0.0012]
-    return _pick(rng, pixels, usable)
+    return _pick(rng, pixels, usable, crowd)
 
 
-def photograph(rng: Generator, names: tuple[str, ...] = TRAINING_PHOTOS, *, natural: bool = False) -> Picture:
+def photograph(
+    rng: Generator, names: tuple[str, ...] = TRAINING_PHOTOS, *, natural: bool = False, crowd: Crowd = HELD_OUT
+) -> Picture:
     """Take a part of a photograph and choose regions: grown along its colours, or any shapes.
 
     Colours are changed at random, unless `natural`.
@@ -164,22 +178,22 @@ def photograph(rng: Generator, names: tuple[str, ...] = TRAINING_PHOTOS, *, natu
     for _ in range(int(rng.integers(2, 7))):
         grown = grown_from_colour(rng, pixels, smooth) if rng.random() < share else None
         masks.append(grown if grown is not None else random_shape(rng, height, width, random_area(rng)))
-    return _pick(rng, pixels, [mask for mask in masks if mask.sum() >= 25 and mask.mean() >= 0.0012])
+    return _pick(rng, pixels, [mask for mask in masks if mask.sum() >= 25 and mask.mean() >= 0.0012], crowd)
 
 
 def picture(rng: Generator) -> Picture:
-    """Return a scene or a part of a photograph."""
-    return photograph(rng) if rng.random() < 0.55 else scene(rng)
+    """Return a scene or a part of a photograph to learn from."""
+    return photograph(rng, crowd=TAUGHT) if rng.random() < 0.42 else scene(rng, TAUGHT)
 
 
-def _pick(rng: Generator, image: Pixels, masks: list[Mask]) -> Picture:
-    """Choose one to five regions; a quarter of the pictures get a region inside of or overlapping another."""
+def _pick(rng: Generator, image: Pixels, masks: list[Mask], crowd: Crowd) -> Picture:
+    """Choose one to five regions, and now and then add one inside of or overlapping another."""
     height, width = image.shape[:2]
     if not masks:
         masks = [random_shape(rng, height, width, 0.1, "circle")]
-    order = rng.permutation(len(masks))[: rng.choice([1, 2, 3, 4, 5], p=[0.22, 0.38, 0.18, 0.12, 0.1])]
+    order = rng.permutation(len(masks))[: rng.choice([1, 2, 3, 4, 5], p=crowd.counts)]
     chosen = [masks[index] for index in order]
-    if len(chosen) < 5 and rng.random() < 0.25:
+    if len(chosen) < 5 and rng.random() < crowd.pairs:
         extra = (inside_of if rng.random() < 0.55 else overlapping_with)(rng, chosen[rng.integers(len(chosen))])
         if extra is not None and extra.sum() >= 25:
             chosen.insert(int(rng.integers(len(chosen) + 1)), extra)

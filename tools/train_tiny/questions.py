@@ -36,6 +36,7 @@ SAME_FORMS = (
     "Are {a} and {b} the same colour?",
 )
 HINTED = (*(word for words in WORDS.values() for word in words), *RELATIONS, "larger", "smaller")
+_TAUGHT = (0.65, 0.27)  # shares of questions about two regions in training: less about their colours
 # What is plainly false where a relation is true: never a direction across it, nor "overlapping" of what lies inside.
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 _FALSE = {
@@ -123,13 +124,21 @@ def about_one(known: Known, region: int, name: str, rng: Generator) -> Question 
 
 
 def about_two(
-    known: Known, a: int, b: int, names: Sequence[str] | Mapping[int, str], rng: Generator
+    known: Known,
+    a: int,
+    b: int,
+    names: Sequence[str] | Mapping[int, str],
+    rng: Generator,
+    shares: tuple[float, float] = (0.55, 0.3),
 ) -> Question | None:
-    """Ask how two regions relate, or None where what was drawn is not clear. `names[i]` is the name of region i."""
+    """Ask how two regions relate, or None where what was drawn is not clear. `names[i]` is the name of region i.
+
+    `shares` of the questions are about how they lie, and about which is larger; the others are about their colours.
+    """
     first, second = known.picture.masks[a], known.picture.masks[b]
     kind, form = rng.random(), rng.random()
     forms = {"a": names[a], "b": names[b]}
-    if kind < 0.55:
+    if kind < shares[0]:
         word = attributes.relation(first, second)
         if word is None:
             return None
@@ -143,7 +152,7 @@ def about_two(
             return _yes_no("relation", f"Is {names[a]} {asked} {names[b]}?", yes, word, asked)
         others = [str(o) for o in rng.permutation(_rivals(word))[:3]]
         return _choice("relation", free, word, others, rng)
-    if kind < 0.85:
+    if kind < sum(shares):
         bigger = attributes.larger(first, second)
         if bigger is None:
             return None
@@ -224,9 +233,9 @@ def questions(known: Known, listed: Sequence[int], names: Sequence[str], count: 
             one = about_none(listed, names, rng)
         elif kind < 0.25:
             one = about_many(known, listed, names, rng)
-        elif kind < 0.65 and len(listed) > 1:
+        elif kind < 0.7 and len(listed) > 1:
             a, b = (int(i) for i in rng.permutation(list(listed))[:2])
-            one = about_two(known, a, b, names, rng)
+            one = about_two(known, a, b, names, rng, _TAUGHT)
         else:
             region = int(rng.choice(list(listed)))
             one = about_one(known, region, names[region], rng)

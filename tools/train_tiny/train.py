@@ -29,7 +29,7 @@ from garserve.model.random_checkpoint import write_files
 from garserve.presets import preset
 
 TRAINING, HELD_OUT = 1, 2
-STATE = "state.pt.safetensors"
+STATE = "state.saved"  # of another suffix than weights: the folder is a checkpoint
 
 
 class Examples(Dataset[Example]):
