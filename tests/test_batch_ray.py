@@ -126,6 +126,37 @@ def test_a_node_that_is_lost(mini: Path, tmp_path: Path, replaced: bool) -> None
 
 
 @needs_ray
+def test_a_job_whose_engines_cannot_be_loaded_stops_and_says_why(mini: Path, tmp_path: Path) -> None:
+    source, out = write_requests(tmp_path, 8), tmp_path / "out"
+    plan = plan_of(source, out, mini, max_num_tiles=1, max_tokens=2)
+    job = RayJob(plan, str(mini), "reference", {"tile_cache_gb": -1.0}, Engines("local", count=2, cpus=1, gpus=0))
+    assert job.run().rows == 0
+    assert "tile_cache_gb" in str(job.stop.reason)
+    assert read_manifest(out)["complete"] is False
+
+
+@needs_ray
+def test_engines_are_hopeless_when_none_of_them_starts() -> None:
+    from garserve.batch.ray_data import Control
+
+    control = Control()
+    for engine in "ab":
+        control.starting(engine)
+        control.started(engine)
+    assert control.hopeless(2) is None
+    control.starting("a")
+    control.failed("a", "no memory")
+    assert control.hopeless(2) is None  # the other one goes on
+    for _ in range(4):  # killed while it loads, again and again
+        assert control.hopeless(2) is None
+        control.starting("b")
+    assert control.hopeless(2) == "no memory"
+    control.started("b")
+    assert control.hopeless(2) is None
+    assert control.hopeless(1) == "no memory"
+
+
+@needs_ray
 def test_what_is_refused_before_a_cluster_is_joined(mini: Path, tmp_path: Path) -> None:
     source = write_requests(tmp_path, 4)
     (tmp_path / "file").write_text("")
