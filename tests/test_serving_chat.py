@@ -37,7 +37,7 @@ def joined(pieces: list[Any]) -> str:
         (QUESTION, REGIONS),
         ("What colour is <Prompt2>?", [*REGIONS, POLYGON]),
         (None, [RLE]),
-        ("Describe <Prompt0> and <Prompt3>.", [*REGIONS, POLYGON, {"scribble": [[20, 380], [500, 300]], "width": 12}]),
+        ("Describe <Prompt3>.", [*REGIONS, POLYGON, {"scribble": [[20, 380], [500, 300]], "width": 12}]),
     ],
     ids=["two regions", "polygon", "description", "scribble"],
 )
