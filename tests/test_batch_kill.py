@@ -75,7 +75,7 @@ def test_sigkill_of_the_command_with_vllm(tmp_path: Path) -> None:
         with subprocess.Popen(command(out), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             while lines(out) < aim and process.poll() is None:
                 time.sleep(0.002)
-            time.sleep(chance.uniform(0, 30 if early else 0.2))
+            time.sleep(chance.uniform(0, 10 if early else 0.2))
             process.kill()
         assert process.returncode == -signal.SIGKILL
         seen.append(lines(out))
