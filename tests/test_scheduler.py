@@ -40,7 +40,7 @@ def test_all_of_a_group_but_its_first_share_the_image() -> None:
 def test_an_image_that_no_step_takes_with_the_text_before_it_is_not_waited_for() -> None:
     """`disable_chunked_mm_input` puts an image whole into one step; text and image together are longer than that."""
     request = _groups().requests[0]
-    request = replace(request, system="word " * 40)
+    request = replace(request, system="word " * 20)
     options = {"dtype": "float32", "block_size": BLOCK, "max_num_batched_tokens": 128}
     with garserve.load("tiny", "vllm", disable_chunked_mm_input=True, **options) as engine:
         one, two = engine.describe_many([request, request])
