@@ -95,6 +95,8 @@ def _kept_export(checkpoint: Checkpoint, fingerprint: str) -> Path:
     from garserve.export.vision import export_vision
 
     folder = cache_folder() / "vision" / f"{fingerprint}-fp32-{_LAYOUT}"
+    if (folder / "vision.onnx").is_file():  # also where the cache cannot be written
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes second finds what the first has made

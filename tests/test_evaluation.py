@@ -15,7 +15,7 @@ from garserve.errors import InputError, RequestError
 from garserve.evaluation.ablation import without
 from garserve.evaluation.part import Part
 from garserve.evaluation.questions import EvalQuestion, read_questions
-from garserve.evaluation.run import evaluate
+from garserve.evaluation.run import evaluate, run_evaluations
 from garserve.evaluation.score import Accuracy, judge
 from garserve.evaluation.words import WORDS
 from garserve.inputs.images import load_image
@@ -174,6 +174,16 @@ def test_without_a_part_the_answers_are_others_and_then_the_same_again(
     with without(part, reference) as engine:
         assert evaluate(engine, questions).accuracy().right < 8
     assert evaluate(reference, questions).accuracy() == Accuracy(8, 12)
+
+
+def test_a_part_that_cannot_be_taken_out_is_refused_before_anything_is_asked(
+    reference: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference.backend.model.encoder, "vision", lambda *_: None)  # as an exported tower is
+    asked: list[None] = []
+    with pytest.raises(RequestError, match="out of the torch tower only"):
+        run_evaluations(reference, read_questions(folder), [Part.mask], on_answer=lambda: asked.append(None))
+    assert not asked
 
 
 def test_mask_free_or_replay_free_is_what_it_says(reference: Engine, folder: Path) -> None:

@@ -119,6 +119,35 @@ def test_the_queue_counts_and_closes() -> None:
     asyncio.run(queue())
 
 
+@pytest.mark.parametrize(("reason", "status"), [("abort", 503), ("error", 500)])
+def test_a_description_that_vllm_ends_by_itself_is_no_caption(reason: str, status: int) -> None:
+    from garserve.serving.describe import _Job
+    from garserve.serving.errors import APIError
+    from garserve.serving.schemas import DescribeRequest
+
+    async def generate(*_: Any) -> AsyncIterator[Any]:
+        yield SimpleNamespace(outputs=[SimpleNamespace(text="A sm", token_ids=[1, 2], finish_reason=reason)])
+
+    async def run(*_: Any) -> Any:
+        return SimpleNamespace(token_ids=[1] * 9, items=[], spans=[])
+
+    own = SimpleNamespace(
+        preparer=SimpleNamespace(run=run, prepare=None),
+        settings=SimpleNamespace(describe_in_flight=2),
+        check_length=lambda count: None,
+        engine=SimpleNamespace(generate=generate),
+        max_model_len=100,
+        stop_id=5,
+        model_names=["tiny"],
+    )
+    body = DescribeRequest(image="data:", regions=[{"box": [0, 0, 1, 1]}])
+    job = _Job(own, body, SimpleNamespace(scope={"garserve.request_id": "r"}))  # type: ignore[arg-type]
+    asyncio.run(job._describe_all(None, [None]))  # type: ignore[arg-type, list-item]
+    result = job._queue.get_nowait()
+    assert isinstance(result, APIError)
+    assert result.status == status
+
+
 def test_a_client_that_takes_nothing_of_its_answer_leaves_its_place() -> None:
     from starlette.requests import Request
 

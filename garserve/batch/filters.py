@@ -94,8 +94,8 @@ class Filters:
 
 
 def _below(name: str, folders: Sequence[Path]) -> str:
+    path = PurePath(name)
     for folder in folders:
-        path = PurePath(name)
         if path.is_relative_to(folder):
             return path.relative_to(folder).as_posix()
     return name

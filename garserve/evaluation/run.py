@@ -6,7 +6,7 @@ from typing import Any
 
 from garserve.engine import Engine
 from garserve.errors import GarserveError, InputError
-from garserve.evaluation.ablation import without
+from garserve.evaluation.ablation import checked, without
 from garserve.evaluation.part import Part
 from garserve.evaluation.questions import EvalQuestion
 from garserve.evaluation.score import Accuracy, judge
@@ -88,7 +88,12 @@ def evaluate(
 def run_evaluations(
     engine: Engine, questions: Sequence[EvalQuestion], parts: Sequence[Part], *, on_answer: Callable[[], None]
 ) -> dict[str, Evaluation]:
-    """Evaluate the model "whole", then without each of the parts, by their names."""
+    """Evaluate the model "whole", then without each of the parts, by their names.
+
+    Raises RequestError before anything is asked where a part cannot be taken out.
+    """
+    for part in parts:
+        checked(part, engine)
     results = {"whole": evaluate(engine, questions, on_answer=on_answer)}
     for part in parts:
         with without(part, engine):

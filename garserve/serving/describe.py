@@ -169,8 +169,6 @@ class _Job:
                 if body.stream and completion.text:
                     self._queue.put_nowait({"index": index, "delta": completion.text})
                 if (reason := completion.finish_reason) not in ("stop", "length"):  # vLLM failed, or is going down
-                    error = internal() if reason == "error" else cut_off()
-                    self._queue.put_nowait({"index": index, **error.body()})
-                    return
+                    raise internal() if reason == "error" else cut_off()
                 counts = {"prompt_tokens": tokens, "completion_tokens": count}
                 self._queue.put_nowait({"index": index, "text": text, "finish_reason": reason, **counts})
