@@ -15,6 +15,7 @@ import pytest
 import garserve
 from garserve.engine import Engine
 from garserve.errors import GarserveError, RequestError
+from garserve.vllm_plugin.arguments import worker_arguments
 from tests.requests_mix import mixed_requests, tokens
 
 pytest.importorskip("vllm", reason="vLLM is not installed (pip install garserve[cpu] or garserve[gpu])")
@@ -54,6 +55,7 @@ def _lose_the_process(engine: Engine) -> None:
     """Kill the engine's process while it is asked for something, which is then told so, as is whoever asks next."""
     (process,) = multiprocessing.active_children()
     assert process.pid is not None
+    assert not Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()  # its worker is in it
     os.kill(process.pid, signal.SIGSTOP)
     with ThreadPoolExecutor() as pool:
         asked = pool.submit(lambda: engine.tile_counts)
@@ -62,6 +64,23 @@ def _lose_the_process(engine: Engine) -> None:
         process.kill()
         with pytest.raises(GarserveError, match="its process died"):
             asked.result(30)
+
+
+def test_a_worker_has_a_process_of_its_own_where_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms import current_platform
+    from vllm.v1.executor.abstract import Executor
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    if not current_platform.is_cpu():
+        pytest.skip("a GPU's only worker runs in its engine's process by itself")
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    chosen = worker_arguments({"tensor_parallel_size": 1})
+    asked = SimpleNamespace(parallel_config=SimpleNamespace(**chosen))
+    assert Executor.get_class(asked) is UniProcExecutor  # type: ignore[arg-type]
+    assert worker_arguments({"tensor_parallel_size": 2}) == worker_arguments({"data_parallel_size": 2}) == {}
+    assert worker_arguments({"distributed_executor_backend": "mp"}) == {}
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0-1")
+    assert worker_arguments({}) == {}
 
 
 @pytest.mark.parametrize(("reason", "kind"), [("abort", GarserveError), ("error", RequestError)])

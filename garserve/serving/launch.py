@@ -12,7 +12,7 @@ from garserve.errors import GarserveError, RequestError
 from garserve.export.choice import choose_vision
 from garserve.model.tile_cache import DEFAULT_GB, TileCache
 from garserve.serving.settings import KEY_VARIABLES, Settings
-from garserve.vllm_plugin.arguments import engine_arguments, engine_environment, quiet
+from garserve.vllm_plugin.arguments import engine_arguments, engine_environment, quiet, ranks, worker_arguments
 
 PLUGIN = "garserve"
 ENGINE_LOST = 1
@@ -51,8 +51,7 @@ def serve(launch: Launch) -> int:
     quiet(verbose=launch.verbose)
     _prepare_environment()
     arguments = _arguments(launch, opened, vision)
-    ranks = arguments.tensor_parallel_size * arguments.pipeline_parallel_size
-    with engine_environment(ranks * arguments.data_parallel_size, separate_process=True):
+    with engine_environment(ranks(vars(arguments)), separate_process=True):
         return _run(arguments)
 
 
@@ -96,6 +95,7 @@ def _arguments(launch: Launch, opened: Checkpoint, vision: Any) -> Namespace:
     arguments = parser.parse_args(list(launch.vllm_arguments))
     if arguments.api_key:
         raise RequestError("--api-key: give it to garserve serve itself, before the --")
+    vars(arguments).update(worker_arguments(vars(arguments)))
     arguments.garserve = launch.settings
     validate_parsed_serve_args(arguments)
     return arguments

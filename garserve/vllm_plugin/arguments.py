@@ -2,10 +2,11 @@
 
 import dataclasses
 import logging
+import math
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,9 @@ from garserve.openmp import environment as openmp_environment
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
+
+# Named by its path: the CPU build takes "uni" for "mp".
+_IN_ENGINE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
 def engine_arguments(
@@ -61,6 +65,26 @@ def engine_arguments(
     return chosen | options
 
 
+def ranks(arguments: Mapping[str, Any]) -> int:
+    """Return how many workers an engine of these arguments has, all replicas together."""
+    sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+    return math.prod(arguments.get(name) or 1 for name in sizes)
+
+
+def worker_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments by which a single worker on a CPU runs inside its engine's process.
+
+    vLLM's CPU build starts another process for it, where it can bind threads to cores before they are there: 9 s of a
+    start, a gigabyte of memory, and a message there and back for each step. So that stays where binding was asked for.
+    """
+    from vllm.platforms import current_platform
+
+    asked = arguments.get("distributed_executor_backend") or os.environ.get("VLLM_CPU_OMP_THREADS_BIND")
+    if asked or ranks(arguments) > 1 or not current_platform.is_cpu():
+        return {}
+    return {"distributed_executor_backend": _IN_ENGINE_PROCESS}
+
+
 def sampling_params(sampling: Sampling) -> "SamplingParams":
     """Return vLLM's parameters; tokens come back as ids alone, and only the authors' stop token ends an answer."""
     from vllm import SamplingParams
@@ -92,18 +116,18 @@ _environment = threading.Lock()
 
 
 @contextmanager
-def engine_environment(ranks: int, *, separate_process: bool) -> Iterator[None]:
+def engine_environment(workers: int, *, separate_process: bool) -> Iterator[None]:
     """Set what vLLM reads from the environment while an engine starts; whatever the user has set stays.
 
     Engines start one after the other: the environment is the whole process's.
 
-    `ranks` is the number of workers on this machine that share its cores.
+    `workers` is the number of ranks on this machine that share its cores.
     """
     from vllm.platforms import current_platform
 
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    share = max(len(cores) // ranks, 1)
-    shares = [cores[i * share % len(cores) :][:share] for i in range(ranks)]
+    share = max(len(cores) // workers, 1)
+    shares = [cores[i * share % len(cores) :][:share] for i in range(workers)]
     wanted = {
         "VLLM_CPU_KVCACHE_SPACE": "2",
         # vLLM's own choice leaves a core idle for its API server, which is half of a small machine.

@@ -18,7 +18,7 @@ from garserve.errors import GarserveError, RequestError
 from garserve.generation import OnReport, Progress, Sampling, deliver
 from garserve.inputs.processor import PreparedRequest
 from garserve.tracing import span
-from garserve.vllm_plugin.arguments import engine_environment, sampling_params
+from garserve.vllm_plugin.arguments import engine_environment, ranks, sampling_params, worker_arguments
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -215,8 +215,9 @@ def _make_engine(arguments: dict[str, Any], separate_process: bool) -> "LLMEngin
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    ranks = arguments.get("tensor_parallel_size", 1) * arguments.get("pipeline_parallel_size", 1)
-    with engine_environment(ranks, separate_process=separate_process):
+    if separate_process:
+        arguments = arguments | worker_arguments(arguments)
+    with engine_environment(ranks(arguments), separate_process=separate_process):
         return LLMEngine.from_engine_args(EngineArgs(**arguments))
 
 
