@@ -116,10 +116,10 @@ def test_packed_training_is_the_reference(checkpoint: Checkpoint, maker: object,
     _, expected = reference.generate([processor(one) for one in requests], [1] * len(requests), maker.end)
     batch = sequences.collate([example])
     with torch.inference_mode():
-        hidden = model._decode(batch, *model._encode(batch)).last_hidden_state[0]
+        hidden = model._decode(batch, *model._encode(batch))
         answers = batch.answers[0].bool()
-        before = torch.cat([answers[1:] & ~answers[:-1], torch.tensor([False])])
-        logits = model.language_model.lm_head(hidden[before])
+        before = (answers[1:] & ~answers[:-1]).nonzero()[:, 0]
+        logits = model.language_model.lm_head(model._last(batch, hidden, torch.zeros_like(before), before))
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -139,7 +139,7 @@ def test_branches_lie_in_rows_whole_and_see_only_their_prefix(maker: object, sho
             places = columns[one.branch == branch]
             assert len({(int(place) - batch.prefix) // batch.row for place in places}) == 1
             assert places.diff().eq(1).all()
-    seen = training_module("network")._seen_by_rows(batch)
+    seen = training_module("attention").seen_by_rows(batch)
     row, column = (
         int(i[0]) for i in (batch.branch[0, batch.prefix :].unflatten(0, (-1, batch.row)) == 2).nonzero(as_tuple=True)
     )

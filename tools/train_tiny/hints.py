@@ -1,9 +1,10 @@
 """What is asked inside the decoder while it learns: where names lie, what they should attend to, what they show."""
 
 import torch
+from attention import attention_scores
 from sequences import SHOWN, UNKNOWN, Batch
 from torch.nn import functional
-from transformers.models.llama.modeling_llama import LlamaModel, rotate_half
+from transformers.models.llama.modeling_llama import LlamaModel
 
 
 def name_places(batch: Batch, owner: torch.Tensor) -> torch.Tensor:
@@ -99,7 +100,7 @@ def attention_loss(
     decoder: LlamaModel,
     number: int,
     batch: Batch,
-    hidden: tuple[torch.Tensor, ...],
+    hidden: list[torch.Tensor],
     queries: tuple[torch.Tensor, torch.Tensor],
     wanted: torch.Tensor,
 ) -> torch.Tensor:
@@ -108,21 +109,7 @@ def attention_loss(
     Of layer `number`, counted from 0, the first head of each group is taught: all of them the same where `wanted`
     is [M, L], each its own where it is [M, groups, L].
     """
-    layer, (rows, columns) = decoder.layers[number], queries
-    inner = layer.input_layernorm(hidden[number])
-    cos, sin = (part[:, :, None] for part in decoder.rotary_emb(inner, batch.positions))  # [B, L, 1, head]
-    groups, width = decoder.config.num_key_value_heads, decoder.config.head_dim
-    keys = layer.self_attn.k_proj(inner).unflatten(-1, (groups, width))
-    keys = keys * cos + rotate_half(keys) * sin
-    asking = layer.self_attn.q_proj(inner[rows, columns]).unflatten(-1, (groups, -1, width))[:, :, 0]
-    asking = asking * cos[rows, columns] + rotate_half(asking) * sin[rows, columns]
-    asked = rows.bincount(minlength=len(keys)).tolist()  # queries come example by example
-    pairs = zip(asking.split(asked), keys.unbind(), strict=True)
-    scores = torch.cat([torch.einsum("mgd,lgd->mgl", few, own) for few, own in pairs]) / width**0.5
-    branch = batch.branch[rows]
-    seen = (branch == 0) | (branch == batch.branch[rows, columns][:, None])
-    seen &= torch.arange(batch.ids.shape[1]) <= columns[:, None]
-    logs = scores.masked_fill(~seen[:, None], -torch.inf).log_softmax(-1)
+    logs = attention_scores(decoder, number, batch, hidden, queries, heads=1)[:, :, 0].log_softmax(-1)
     each = wanted if wanted.ndim == 3 else wanted[:, None]
     counts = each.sum(-1)
     return -(logs.masked_fill(~each, 0).sum(-1) / counts + counts.log()).mean()

@@ -4,13 +4,13 @@ import math
 from dataclasses import dataclass
 
 import torch
+from attention import attention_scores, per_example, seen_by_rows
 from hints import GUESSES, WORDS, attention_loss, compared, matched, mentions, name_places, options, shown_loss
 from questions import HINTED
 from sequences import UNKNOWN, Batch
 from torch import nn
 from torch.nn import functional
-from transformers import AttentionInterface, LlamaForCausalLM
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers import LlamaForCausalLM
 
 from garserve.config import GARConfig
 from garserve.model.encoder import RegionEncoder
@@ -27,43 +27,6 @@ _NAMING_LAYER, _POINTING_LAYER, _COMPARING_LAYER, _MATCHING_LAYER = (
 )  # whose attention is taught, counted from 0
 HEADS = ("squeeze", "hint", "named", "found", "compared", "true_word", "lettered")  # dropped after training
 _EVERY = 7  # of the crop tokens, this one is asked whom it belongs to: they are many
-
-
-def shared_prefix_attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor, **_: object
-) -> tuple[torch.Tensor, None]:
-    """Attention of sequences laid out as a Batch: the prefix to itself, each row of branches to prefix and itself.
-
-    `query` is [B, heads, L, head width], `key` and `value` have fewer heads, `seen` is [B, rows, W, P + W]: what each
-    token of a row may attend to. Returns [B, L, heads, head width].
-    """
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    rows, row = seen.shape[1:3]
-    prefix = seen.shape[3] - row
-    parts = [part.split([prefix, rows * row], dim=2) for part in (query, key, value)]
-    shared, own = zip(*parts, strict=True)
-    first = functional.scaled_dot_product_attention(*shared, is_causal=True)
-    own = [part.unflatten(2, (rows, row)).transpose(1, 2).flatten(0, 1) for part in own]  # [B·rows, heads, W, width]
-    keys, values = (
-        torch.cat([common.repeat_interleave(rows, dim=0), part], dim=2)
-        for common, part in zip(shared[1:], own[1:], strict=True)
-    )
-    rest = functional.scaled_dot_product_attention(own[0], keys, values, attn_mask=seen.flatten(0, 1)[:, None])
-    rest = rest.unflatten(0, (-1, rows)).transpose(1, 2).flatten(2, 3)
-    return torch.cat([first, rest], dim=2).transpose(1, 2), None
-
-
-AttentionInterface.register("shared_prefix", shared_prefix_attention)
-
-
-def _seen_by_rows(batch: Batch) -> torch.Tensor:
-    """Return what each token of a row of branches may attend to: [B, rows, W, P + W]."""
-    prefix, rows = batch.branch[:, : batch.prefix], batch.branch[:, batch.prefix :].unflatten(1, (-1, batch.row))
-    same = rows[..., None] == rows[:, :, None]
-    own = same & torch.ones(batch.row, batch.row, dtype=torch.bool).tril()  # padding sees padding: nothing reads it
-    common = (prefix == 0)[:, None, None].expand(-1, rows.shape[1], batch.row, -1)
-    return torch.cat([common, own], dim=-1)
 
 
 @dataclass
@@ -164,33 +127,45 @@ class TrainedGAR(nn.Module):
     def _answer(
         self, batch: Batch, features: torch.Tensor, regions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, list[list[bool]]]:
-        out = self._decode(batch, features, regions)
+        hidden = self._decode(batch, features, regions)
         learnt = batch.answers.bool()
-        before = functional.pad(learnt[:, 1:], (0, 1))
-        logits = self.language_model.lm_head(out.last_hidden_state[before])
+        rows, columns = functional.pad(learnt[:, 1:], (0, 1)).nonzero(as_tuple=True)
+        logits = self.language_model.lm_head(self._last(batch, hidden, rows, columns))
         targets = batch.ids[learnt]
         loss = functional.cross_entropy(logits, targets)
         right = _whole_answers(batch, learnt, logits.argmax(-1) == targets)
-        return loss, self._inner_hints(batch, out.hidden_states), right
+        return loss, self._inner_hints(batch, hidden), right
 
-    def _decode(self, batch: Batch, features: torch.Tensor, regions: torch.Tensor) -> BaseModelOutputWithPast:
-        """Run the decoder with the features at their placeholders, each branch seeing the prefix and itself."""
-        embeddings = self.language_model.get_input_embeddings()(batch.ids)
+    def _decode(self, batch: Batch, features: torch.Tensor, regions: torch.Tensor) -> list[torch.Tensor]:
+        """Return what each layer of the decoder is given [B, L, C]: features at their placeholders in the first."""
+        decoder = self.language_model.model
+        embeddings = decoder.embed_tokens(batch.ids)
         image = batch.ids == self.config.image_token_id
         embeddings = embeddings.masked_scatter(image[..., None], torch.cat([features, features], dim=1))
-        embeddings = embeddings.masked_scatter(self._crops(batch)[..., None], regions)
-        return self.language_model.model(
-            inputs_embeds=embeddings,
-            attention_mask=_seen_by_rows(batch),
-            position_ids=batch.positions,
-            use_cache=False,
-            output_hidden_states=True,
-        )
+        hidden = [embeddings.masked_scatter(self._crops(batch)[..., None], regions)]
+        seen, places = seen_by_rows(batch), decoder.rotary_emb(embeddings, batch.positions)
+        for layer in decoder.layers[:-1]:
+            hidden.append(layer(hidden[-1], attention_mask=seen, position_embeddings=places))
+        return hidden
+
+    def _last(
+        self, batch: Batch, hidden: list[torch.Tensor], rows: torch.Tensor, columns: torch.Tensor
+    ) -> torch.Tensor:
+        """Return what the decoder says at the tokens of `rows` and `columns`: [M, C]. Its last layer takes only those."""
+        decoder = self.language_model.model
+        layer, number = decoder.layers[-1], len(decoder.layers) - 1
+        looks = attention_scores(decoder, number, batch, hidden, (rows, columns)).softmax(-1)  # [M, groups, heads, L]
+        values = layer.self_attn.v_proj(layer.input_layernorm(hidden[number]))
+        values = values.unflatten(-1, (looks.shape[1], -1))
+        pairs = zip(looks.split(per_example(rows, batch)), values.unbind(), strict=True)
+        found = torch.cat([torch.einsum("mghl,lgd->mghd", few, own) for few, own in pairs]).flatten(1)
+        chosen = hidden[number][rows, columns] + layer.self_attn.o_proj(found)
+        return decoder.norm(chosen + layer.mlp(layer.post_attention_layernorm(chosen)))
 
     def _crops(self, batch: Batch) -> torch.Tensor:
         return torch.isin(batch.ids, torch.tensor(self.config.crop_token_ids))
 
-    def _inner_hints(self, batch: Batch, hidden: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def _inner_hints(self, batch: Batch, hidden: list[torch.Tensor]) -> torch.Tensor:
         """Ask inside the decoder: of crop tokens whose they are, of names in questions what their regions show."""
         decoder, tokens, crops = self.language_model.model, self.config.tokens_per_tile, self._crops(batch)
         loss = functional.cross_entropy(
@@ -213,7 +188,7 @@ class TrainedGAR(nn.Module):
                 loss = loss + 0.5 * shown_loss(head(hidden[layer][rows, columns]), batch, region)
         return loss + self._comparing_hints(batch, hidden)
 
-    def _comparing_hints(self, batch: Batch, hidden: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def _comparing_hints(self, batch: Batch, hidden: list[torch.Tensor]) -> torch.Tensor:
         """Ask where answers are written what the first and the last region named in the question show."""
         decoder, asked = self.language_model.model, compared(batch)
         if not len(asked):
@@ -226,7 +201,7 @@ class TrainedGAR(nn.Module):
             loss = loss + 0.5 * shown_loss(guess, batch, region)
         return loss + self._matching_hints(batch, hidden)
 
-    def _matching_hints(self, batch: Batch, hidden: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def _matching_hints(self, batch: Batch, hidden: list[torch.Tensor]) -> torch.Tensor:
         """Ask where an answer begins what is true, and teach it to look at the word or the option that decides.
 
         An option is asked for its letter.
