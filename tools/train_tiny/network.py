@@ -151,7 +151,7 @@ class TrainedGAR(nn.Module):
     def _last(
         self, batch: Batch, hidden: list[torch.Tensor], rows: torch.Tensor, columns: torch.Tensor
     ) -> torch.Tensor:
-        """Return what the decoder says at the tokens of `rows` and `columns`: [M, C]. Its last layer takes only those."""
+        """Return what the decoder says at tokens (rows and columns [M]): [M, C]. Its last layer takes only those."""
         decoder = self.language_model.model
         layer, number = decoder.layers[-1], len(decoder.layers) - 1
         looks = attention_scores(decoder, number, batch, hidden, (rows, columns)).softmax(-1)  # [M, groups, heads, L]
