@@ -11,5 +11,6 @@ from garserve.bench.machine import machine
 def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
     """Shorten what `--benchmark-json` writes."""
     output_json["machine_info"] = machine()
+    output_json.pop("commit_info", None)  # of the checkout, which is nobody else's
     for benchmark in output_json["benchmarks"]:
         benchmark["stats"].pop("data", None)

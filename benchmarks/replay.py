@@ -122,7 +122,7 @@ def main(
     regions: Annotated[list[int] | None, typer.Option(help="How many regions; may be repeated.")] = None,
     rounds: Annotated[int, typer.Option(min=3, help="Runs of each, one after the other in turns.")] = 7,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    save_results: Annotated[bool, typer.Option("--save", help="Write benchmarks/results/.../replay.json.")] = False,
+    save_results: Annotated[bool, typer.Option("--save", help="Write .../replay_DEVICE.json.")] = False,
 ) -> None:
     """Time the replay and print medians, and ratios where the outputs agree."""
     figures: dict[str, dict[str, float]] = {}

@@ -4,12 +4,17 @@
 >>> engine.describe("photo.jpg", [garserve.Region.from_box([10, 20, 200, 300])])
 """
 
+import logging
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from garserve.openmp import prefer_intel
 
 __version__ = "0.1.0"
+
+if os.environ.get("VLLM_LOGGING_LEVEL") == "ERROR":
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # its processes speak before they have read this themselves
 
 if TYPE_CHECKING:
     from garserve.client import AsyncClient as AsyncClient

@@ -84,6 +84,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     with served(folder, *options) as running:
         running.folder = images
         yield running
+    assert "leaked" not in running.log.read_text()  # what Triton tells of an interpreter that is taken apart
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,11 @@
 """GAR in vLLM under other engine options: the tokens stay the reference's."""
 
+import logging
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -129,3 +132,12 @@ def test_equal_with_no_or_hardly_any_room_for_tiles(
         counts = engine.tile_counts
     assert counts.computed == counts.misses > 0
     assert (counts.hits > 0) == (counts.evicted > 0) == (tiles > 0)
+
+
+def test_processes_that_vllm_starts_are_as_quiet_as_asked() -> None:
+    """They are told by the environment, and speak before they have read it."""
+    code = "import garserve, logging; print(logging.getLogger('vllm').level)"
+    for level, expected in (("ERROR", logging.ERROR), ("INFO", logging.NOTSET)):
+        environment = {**os.environ, "VLLM_LOGGING_LEVEL": level}
+        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert run.stdout == f"{expected}\n"

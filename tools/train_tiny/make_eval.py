@@ -36,6 +36,7 @@ class Folder:
     split: str
     per_kind: int
     per_picture: int
+    seed: int = 0
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     pictures: int = 0
 
@@ -44,7 +45,7 @@ class Folder:
         buffer = io.BytesIO()
         Image.fromarray(picture.image).save(buffer, "JPEG", quality=90, subsampling=0)
         saved = np.asarray(Image.open(buffer).convert("RGB"))
-        rng = np.random.default_rng([_SEEDS[self.split], self.pictures, 1])
+        rng = np.random.default_rng([_SEEDS[self.split] + 10 * self.seed, self.pictures, 1])
         name = f"{self.split}_{self.pictures:04d}"
         self.pictures += 1
         wanted = self._wanted(_all_questions(Known.of(Picture(saved, picture.masks)), rng))
@@ -83,6 +84,7 @@ def main(
     output: Annotated[Path, typer.Option("-o", help="Folder to write; it must not exist, or be empty.")],
     per_kind: Annotated[int, typer.Option(help="Questions of each attribute and form, for each kind of picture.")] = 50,
     masks: Annotated[Path | None, typer.Option(help="Photographs with masks instead of the held-out ones.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Another number gives other questions.")] = 0,
 ) -> None:
     """Write questions about held-out scenes and photographs until there are enough of every kind."""
     if output.exists() and any(output.iterdir()):
@@ -94,9 +96,9 @@ def main(
             folder.add(picture)
         return
     for split in ("scenes", "photographs"):
-        folder = Folder(output, split, per_kind, 2)
+        folder = Folder(output, split, per_kind, 2, seed)
         while folder.pictures < 6 * per_kind and not (folder.pictures > per_kind and folder.full):
-            rng = np.random.default_rng([_SEEDS[split], folder.pictures])
+            rng = np.random.default_rng([_SEEDS[split] + 10 * seed, folder.pictures])
             folder.add(scene(rng) if split == "scenes" else photograph(rng, HELD_OUT_PHOTOS, natural=True))
         typer.echo(f"{split}: {sum(folder.counts.values())} questions about {folder.pictures} pictures")
         for kind, count in folder.counts.items():
