@@ -17,12 +17,12 @@ if os.environ.get("VLLM_LOGGING_LEVEL") == "ERROR":
     logging.getLogger("vllm").setLevel(logging.ERROR)  # its processes speak before they have read this themselves
 
 if TYPE_CHECKING:
+    from garserve.answers import Answer as Answer
+    from garserve.answers import Chunk as Chunk
+    from garserve.chat import Chat as Chat
     from garserve.client import AsyncClient as AsyncClient
     from garserve.client import Client as Client
     from garserve.client_wire import ServerError as ServerError
-    from garserve.engine import Answer as Answer
-    from garserve.engine import Chat as Chat
-    from garserve.engine import Chunk as Chunk
     from garserve.engine import Engine as Engine
     from garserve.engine import load as load
     from garserve.errors import CheckpointError as CheckpointError
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from garserve.inputs.request import RegionRequest as RegionRequest
 
 _HOMES = {
-    "Answer": "engine",
-    "Chat": "engine",
-    "Chunk": "engine",
+    "Answer": "answers",
+    "Chat": "chat",
+    "Chunk": "answers",
     "Client": "client",
     "AsyncClient": "client",
     "ServerError": "client_wire",
@@ -50,7 +50,7 @@ _HOMES = {
     "Region": "inputs.regions",
     "RegionRequest": "inputs.request",
 }
-_NEED_TORCH = ("engine", "inputs.encoded", "inputs.request")
+_NEED_TORCH = ("chat", "engine", "inputs.encoded", "inputs.request")
 __all__ = ["__version__", *_HOMES]
 
 

@@ -53,7 +53,7 @@ from garserve.errors import GarserveError
 from garserve.openmp import prefer_intel
 
 if TYPE_CHECKING:
-    from garserve.engine import Answer
+    from garserve.answers import Answer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 app.add_typer(evaluations, name="eval")

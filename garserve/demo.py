@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
-from garserve.engine import Answer, Engine
+from garserve.answers import Answer
+from garserve.engine import Engine
 from garserve.inputs.images import load_image
 from garserve.inputs.processor import draw_masks
 from garserve.inputs.regions import Region

@@ -4,11 +4,14 @@ import asyncio
 import queue
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from garserve.answers import Answer, Chunk
+from garserve.backends import Backend
+from garserve.chat import Chat
 from garserve.checkpoint import TINY, Checkpoint
 from garserve.config import BoxScale
 from garserve.errors import GarserveError, InputError, RequestError
@@ -18,7 +21,7 @@ from garserve.inputs.encoded import EncodedImage
 from garserve.inputs.images import ImageSource, hold_image
 from garserve.inputs.processor import PreparedRequest, Processor
 from garserve.inputs.prompts import stop_token_id
-from garserve.inputs.request import RegionRequest, Turn
+from garserve.inputs.request import RegionRequest
 from garserve.model.fingerprint import vision_fingerprint
 from garserve.tracing import span
 
@@ -26,44 +29,6 @@ if TYPE_CHECKING:
     from garserve.model.tile_cache import TileCounts
 
 BackendName = Literal["vllm", "reference"]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A finished answer. `finish_reason` is "stop" where the model ended it, "length" at `max_tokens`."""
-
-    text: str
-    token_ids: list[int]  # without the stop token
-    finish_reason: str
-    prompt_tokens: int
-    cached_tokens: int  # of the prompt, found in the prefix cache
-    id: str | None = None
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A piece of an answer as it comes; the last one carries the whole."""
-
-    text: str
-    answer: Answer | None = None
-
-
-class Backend(Protocol):
-    """What decodes prepared requests. Reports may come from another thread."""
-
-    name: str
-
-    def submit(self, prepared: PreparedRequest, sampling: Sampling, on_report: OnReport) -> Callable[[], None]:
-        """Queue a request and return a function that cancels it."""
-
-    def tile_counts(self) -> "TileCounts":
-        """Return what became of the tiles so far."""
-
-    def token_room(self) -> int | None:
-        """Return how many tokens of prompts and answers are kept at a time; None where nothing bounds them."""
-
-    def close(self) -> None:
-        """Give everything back."""
 
 
 def load(
@@ -146,12 +111,12 @@ class Engine:
         """Answer a question in which `<Prompt0>`, `<Prompt1>`, … name the regions in their order."""
         return next(self.describe_many([RegionRequest(image, regions, question, **options)]))
 
-    def chat(self, image: ImageSource | EncodedImage, regions: Sequence[Any], **options: Any) -> "Chat":
+    def chat(self, image: ImageSource | EncodedImage, regions: Sequence[Any], **options: Any) -> Chat:
         """Start a conversation about the regions of one image; its first question is what is said first."""
         if "question" in options or "turns" in options:
             raise RequestError("chat: takes no question or turns; say them")
         held = image if isinstance(image, EncodedImage) else hold_image(image)
-        return Chat(self, RegionRequest(held, regions, **options))
+        return Chat(lambda request: next(self.describe_many([request])), RegionRequest(held, regions, **options))
 
     def describe_many(self, requests: Iterable[RegionRequest], *, in_flight: int = 32) -> Iterator[Answer]:
         """Answer requests in their order, at most `in_flight` at a time; an unusable request raises its error."""
@@ -295,29 +260,6 @@ class _Pending:
             ids += report.new_token_ids
             if report.finish_reason:
                 return self._engine._answer(self._request, self._prepared, ids, report)
-
-
-class Chat:
-    """A conversation about the same regions: each answer becomes part of the next question's prompt."""
-
-    def __init__(self, engine: Engine, opening: RegionRequest) -> None:
-        self._engine = engine
-        self._request = opening
-        self._begun = False
-
-    def say(self, text: str | None = None) -> Answer:
-        """Say something and return the answer. Saying nothing first asks for the description of the one region."""
-        request = self._request
-        if not self._begun:
-            request = replace(request, question=text)
-        elif text is not None:
-            request = replace(request, turns=(*request.turns, Turn("user", text)))
-        else:
-            raise RequestError("say: expected a text; only the first turn of a chat can do without")
-        answer = next(self._engine.describe_many([request]))
-        self._begun = True
-        self._request = replace(request, turns=(*request.turns, Turn("assistant", answer.text)))
-        return answer
 
 
 def _whole_characters(text: str) -> str:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import garserve
-from garserve.engine import Answer, Engine
+from garserve.answers import Answer
+from garserve.engine import Engine
 from garserve.errors import GarserveError, ImageError, RegionError, RequestError
 from garserve.inputs.request import RegionRequest
 from tests.conftest import PHOTO

@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from garserve.answers import Answer
 from garserve.batch.parcel import Entry, Parcel
 from garserve.batch.record import Record, request_digest
-from garserve.engine import Answer
 
 
 def answer_row(record: Record, entry: Entry, parcel: Parcel, answer: Answer, engine_seconds: float) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 import time
 from statistics import median
 
+from garserve.answers import Answer
 from garserve.bench.cost import prefill_flops, tile_flops
 from garserve.bench.machine import peaks
 from garserve.bench.result import Result, Row
 from garserve.bench.workload import Workload
-from garserve.engine import Answer, Engine
+from garserve.engine import Engine
 from garserve.inputs.request import RegionRequest
 
 

@@ -22,7 +22,7 @@ from garserve.serving.preparation import check_count
 from garserve.serving.routes import Route
 from garserve.serving.schemas import ChatRequest, ImagePart
 from garserve.serving.service import Service, note, request_id, service
-from garserve.vllm_plugin.multimodal import engine_input
+from garserve.vllm_plugin.items import engine_input
 
 router = APIRouter(route_class=Route)
 _PASSED_ON = ("top_p", "seed", "n", "stop", "presence_penalty", "frequency_penalty", "logprobs", "top_logprobs")

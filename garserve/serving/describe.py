@@ -21,7 +21,7 @@ from garserve.serving.routes import Route
 from garserve.serving.schemas import DescribeRequest, Descriptions
 from garserve.serving.service import Service, note, request_id, service
 from garserve.vllm_plugin.arguments import sampling_params
-from garserve.vllm_plugin.multimodal import engine_input
+from garserve.vllm_plugin.items import engine_input
 
 router = APIRouter(route_class=Route)
 _ENDED = object()

@@ -17,7 +17,7 @@ from garserve.serving.preparation import Picture
 from garserve.serving.regions import parse_regions
 from garserve.serving.service import Service
 from garserve.vllm_plugin.arguments import sampling_params
-from garserve.vllm_plugin.multimodal import engine_input
+from garserve.vllm_plugin.items import engine_input
 
 _WATCH_SECONDS = 0.25
 _COUNT_SECONDS = 5.0

@@ -79,7 +79,7 @@ class EngineDriver:
         return lambda: self._send(cancel, even_if_dead=True)
 
     def _add(self, number: str, prepared: PreparedRequest, sampling: Sampling) -> str:
-        from garserve.vllm_plugin.multimodal import engine_input, share_with_engine
+        from garserve.vllm_plugin.items import engine_input, share_with_engine
 
         prompt = engine_input(prepared)
         cache = self.engine.renderer.mm_processor_cache

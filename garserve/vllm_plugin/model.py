@@ -18,13 +18,13 @@ from garserve.model.fingerprint import VISION_PREFIXES, vision_fingerprint
 from garserve.model.onnx_vision import OnnxVision
 from garserve.tracing import span
 from garserve.vllm_plugin.cpu_kernels import use_cpu_kernels
+from garserve.vllm_plugin.items import items_from_kwargs
 from garserve.vllm_plugin.multimodal import (
     IMAGE_TOKEN,
     GARDummyInputs,
     GARMultiModalProcessor,
     GARProcessingInfo,
     engine_max_num_tiles,
-    items_from_kwargs,
 )
 
 
