@@ -22,7 +22,7 @@ lint: setup
 
 # On a machine with a GPU, in an environment with garserve[gpu]: every kernel against its truth there, then its speed.
 gpu-check:
-	GARSERVE_TEST_DEVICE=cuda $(PYTHON) -m pytest tests/test_kernels.py -q
+	GARSERVE_TEST_DEVICE=cuda $(PYTHON) -m pytest tests/test_kernels.py tests/test_gpu_road.py -q
 	$(PYTHON) benchmarks/replay.py --device cuda --save
 
 # Figures of this machine into benchmarks/results: `bench` in minutes with the tiny checkpoint, `bench-full` also with random

@@ -13,6 +13,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from garserve.checkpoint import Checkpoint, expected_tensors
+from garserve.model.device import has_gpu
 from garserve.model.fingerprint import VISION_PREFIXES
 
 if TYPE_CHECKING:
@@ -28,9 +29,7 @@ _log = logging.getLogger("garserve")
 
 def may_measure(checkpoint: Checkpoint) -> bool:
     """Say whether ONNX Runtime comes into question where nobody chose: a large tower, on a CPU, with its packages."""
-    import torch
-
-    if torch.cuda.is_available() or not all(map(find_spec, _PACKAGES)):
+    if has_gpu() or not all(map(find_spec, _PACKAGES)):
         return False
     shapes = expected_tensors(checkpoint.config)
     weights = sum(prod(shape) for name, shape in shapes.items() if name.startswith(VISION_PREFIXES))

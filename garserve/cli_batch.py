@@ -56,6 +56,7 @@ from garserve.cli_options import (
     VerboseOption,
     VisionBackendOption,
     VisionModelOption,
+    parse_engine_options,
 )
 from garserve.cli_shared import console, engine_options, load_engine, status_console
 from garserve.errors import GarserveError, RequestError
@@ -168,7 +169,13 @@ def batch(
     choices |= {"vision_backend": vision_backend, "vision_model": vision_model}
 
     def load() -> "Engine":
-        return load_engine(checkpoint, backend, engine_option, verbose, **choices)
+        from garserve.model.device import has_gpu
+
+        # A GPU that has failed is lost to its process: an engine in another one can be started again.
+        apart = backend == "vllm" and has_gpu() and "separate_process" not in parse_engine_options(engine_option)
+        return load_engine(
+            checkpoint, backend, engine_option, verbose, **choices, separate_process=True if apart else None
+        )
 
     stop = Stop()
     with _signals(stop):

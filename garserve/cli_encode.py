@@ -49,6 +49,7 @@ def encode(
     from garserve.export.choice import choose_vision, open_vision
     from garserve.export.source import load_encoder
     from garserve.inputs.processor import Processor
+    from garserve.model.device import has_gpu
     from garserve.model.encoder import RegionEncoder
     from garserve.model.fingerprint import vision_fingerprint
     from garserve.model.tile_cache import DEFAULT_GB, TileCache
@@ -61,6 +62,7 @@ def encode(
     with status_console.status(f"Loading {checkpoint} ..."):
         exported = None if choice is None else open_vision(opened, choice)
         encoder = load_encoder(opened) if exported is None else RegionEncoder(config, vision=exported)
+        encoder = encoder.to("cuda") if exported is None and has_gpu() else encoder
         encoder.tile_cache = TileCache(DEFAULT_GB if tile_cache_gb is None else tile_cache_gb)
         files = FileEncoder(encoder, processor, vision_fingerprint(opened), output)
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())

@@ -52,7 +52,9 @@ def load(
     torch, or for a large tower on a CPU what a measurement finds the faster, made once and kept, too.
 
     `engine_options` go to the backend: for "vllm" its EngineArgs, `separate_process` and `verbose`; for "reference"
-    `dtype` and `batch_size`; for both `tile_cache_gb`, the memory for features of tiles (default 0.5 and 0).
+    `dtype` and `batch_size`; for both `tile_cache_gb`, the memory for features of tiles (default 0.5 and 0). With
+    `separate_process` or several ranks, processes are started that import the main module: a script calls this below
+    `if __name__ == "__main__":`.
     Raises CheckpointError where the checkpoint is not a whole GAR model, OnnxError where the exported tower
     cannot be used, or is another checkpoint's.
     """

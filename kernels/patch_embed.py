@@ -37,13 +37,21 @@ def fold(
     stay as they are, so that nothing is rounded twice.
     """
     pixel = pixel_weight.float()
-    spread = torch.tensor(deviation, device=pixel.device)[:, None, None] * 255.0
-    shift = (_CENTRE - torch.tensor(mean, device=pixel.device)[:, None, None] * 255.0) / spread
-    matrix = torch.cat([(pixel * (spread[0] / spread)).flatten(1), mask_weight.float().sum(1).flatten(1)], dim=1)
-    bias = (pixel * shift).sum(dim=(1, 2, 3))
+    spread = torch.tensor(deviation) * 255.0  # on the CPU: a tensor that goes to a GPU waits for all that runs there
+    shift = (_CENTRE - torch.tensor(mean) * 255.0) / spread
+    matrix = torch.cat(
+        [_by_channel(pixel, spread[0] / spread).flatten(1), mask_weight.float().sum(1).flatten(1)], dim=1
+    )
+    bias = _by_channel(pixel, shift).sum(dim=(1, 2, 3))
     return PatchWeights(
         matrix.to(pixel_weight.dtype).contiguous(), bias, 1.0 / (deviation[0] * 255.0), pixel_weight.shape[3]
     )
+
+
+def _by_channel(pixel: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Multiply weights [width, 3, p, p] by a factor a channel."""
+    channels = zip(pixel.unbind(1), factors.tolist(), strict=True)
+    return torch.stack([channel * factor for channel, factor in channels], dim=1)
 
 
 @triton.jit

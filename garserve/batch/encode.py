@@ -51,7 +51,7 @@ class FileEncoder:
         path = self._folder / f"{digest.hexdigest(_NAME_BYTES)}{SUFFIX}"
         if path.is_file():
             return path, False
-        image, *regions = (rows.to(self._dtype) for rows in self._encoder.encode(items))
+        image, *regions = (rows.to(self._dtype).cpu() for rows in self._encoder.encode(items))
         scale = self._processor.config.replay_box_scale
         EncodedImage(image, torch.stack(regions), self._fingerprint, scale).save(path)
         return path, True

@@ -27,6 +27,7 @@ _CALLS = 3  # packages that an engine works on at a time, so that it never runs 
 _RETRIES = 3  # of a package whose actor died
 _LINE = 400  # characters of what went wrong on a node
 _LOST_PACKAGES = 16  # in a pass, before the pass is given up
+_GPU_MEMORY = 0.92  # of a GPU, vLLM's own choice; engines that share one have their parts of it
 _POLL_SECONDS = 0.5
 _LOOK_SECONDS = 5.0  # between two looks at whether engines start
 
@@ -187,7 +188,10 @@ class RayJob:
             num_cpus=0,
             resources={_this_node(ray): 0.001},
         )
-        choice = EngineChoice(self._checkpoint, digest, self._backend, self._options)
+        options = self._options
+        if self._backend == "vllm" and 0 < placement.gpus < 1:
+            options = {"gpu_memory_utilization": round(_GPU_MEMORY * placement.gpus, 3), **options}
+        choice = EngineChoice(self._checkpoint, digest, self._backend, options)
         warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")  # the only way to say retries
         return control, dataset.map_batches(
             RayStation,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from garserve.errors import OnnxError
+from garserve.model.device import has_gpu
 from garserve.model.onnx_file import ModelInfo, model_path, read_info, require
 from garserve.model.patch_tokens import unpack
 
@@ -27,7 +28,7 @@ def find_provider(asked: str | None) -> str:
     """
     available = require("onnxruntime").get_available_providers()
     if asked is None:
-        cuda = _CUDA[0] in available and torch.cuda.is_available()
+        cuda = _CUDA[0] in available and has_gpu()
         return _CUDA[0] if cuda else "CPUExecutionProvider"
     wanted = asked.lower().removesuffix(_SUFFIX.lower())
     for name in available:
@@ -66,7 +67,7 @@ class OnnxVision:
         self.tile_size, self.width = int(settings["vision"]["image_size"]), int(settings["hidden_size"])
         self.tokens = int(settings["tokens_per_side"]) ** 2
         self.device = torch.device("cuda", torch.cuda.current_device()) if self.provider in _CUDA else _CPU
-        self.session = _open(runtime, model_path(path), self.provider, threads or torch.get_num_threads())
+        self.session = _open(runtime, model_path(path), self.provider, self.device, threads or torch.get_num_threads())
 
     def __call__(self, tiles: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         """Compute uint8 tiles [T, 3, S, S] with packed masks [T, S, ceil(S/8)] to float32 features [T, n², C]."""
@@ -113,13 +114,14 @@ class OnnxVision:
 _CPU = torch.device("cpu")
 
 
-def _open(runtime: Any, path: Path, provider: str, threads: int) -> Any:
+def _open(runtime: Any, path: Path, provider: str, device: torch.device, threads: int) -> Any:
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     _free_threads(options, threads)
+    place = {} if device.index is None else {"device_id": str(device.index)}  # by itself it takes the first GPU
     try:
-        session = runtime.InferenceSession(str(path), options, providers=[provider])
+        session = runtime.InferenceSession(str(path), options, providers=[(provider, place)])
     except Exception as error:  # pybind's classes of ONNX Runtime's error codes
         first = str(error).strip().splitlines()[0]
         raise OnnxError(f"{path}: refused by ONNX Runtime on {provider} ({first:.300})") from None

@@ -140,7 +140,8 @@ class EngineDriver:
                     self._step()
         except Exception as error:
             with self._lock:
-                self._dead = self._dead or error
+                # Without its frames, which hold the model: the next engine needs the memory.
+                self._dead = self._dead or GarserveError(f"{type(error).__name__}: {error}")
         self._end()
 
     def _watch(self, engine: "LLMEngine") -> None:
@@ -212,13 +213,18 @@ class EngineDriver:
 
 
 def _make_engine(arguments: dict[str, Any], separate_process: bool) -> "LLMEngine":
+    import torch
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
     if separate_process:
         arguments = arguments | worker_arguments(arguments)
+    threads = torch.get_num_threads()
     with engine_environment(ranks(arguments), separate_process=separate_process):
-        return LLMEngine.from_engine_args(EngineArgs(**arguments))
+        engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+    if torch.get_num_threads() != threads:  # a GPU's worker takes one, but images are resized by this process, too
+        torch.set_num_threads(threads)
+    return engine
 
 
 def _is_dead(engine: "LLMEngine") -> bool:
