@@ -99,7 +99,7 @@ def throughput(
     regions: _RegionsOption = None,
     group: _GroupOption = 1,
     max_tokens: _AnswerOption = 64,
-    in_flight: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 32,
+    in_flight: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 64,
     max_num_tiles: MaxTilesOption = None,
     backend: Backend = "vllm",
     tile_cache_gb: TileCacheOption = None,

@@ -120,7 +120,7 @@ class Engine:
         held = image if isinstance(image, EncodedImage) else hold_image(image)
         return Chat(lambda request: next(self.describe_many([request])), RegionRequest(held, regions, **options))
 
-    def describe_many(self, requests: Iterable[RegionRequest], *, in_flight: int = 32) -> Iterator[Answer]:
+    def describe_many(self, requests: Iterable[RegionRequest], *, in_flight: int = 64) -> Iterator[Answer]:
         """Answer requests in their order, at most `in_flight` at a time; an unusable request raises its error."""
         for outcome in self.outcomes(requests, in_flight=in_flight):
             if isinstance(outcome, Exception):
@@ -128,7 +128,7 @@ class Engine:
             yield outcome
 
     def outcomes(
-        self, requests: Iterable[RegionRequest | InputError], *, in_flight: int = 32
+        self, requests: Iterable[RegionRequest | InputError], *, in_flight: int = 64
     ) -> Iterator[Answer | GarserveError]:
         """Like `describe_many`, but an unusable request gives its error in its place, and the others go on.
 
