@@ -169,12 +169,10 @@ def batch(
     choices |= {"vision_backend": vision_backend, "vision_model": vision_model}
 
     def load() -> "Engine":
-        from garserve.model.device import has_gpu
-
         # A GPU that has failed is lost to its process: an engine in another one can be started again.
-        apart = backend == "vllm" and has_gpu() and "separate_process" not in parse_engine_options(engine_option)
+        apart = backend == "vllm" and "separate_process" not in parse_engine_options(engine_option)
         return load_engine(
-            checkpoint, backend, engine_option, verbose, **choices, separate_process=True if apart else None
+            checkpoint, backend, engine_option, verbose, **choices, separate_process="gpu" if apart else None
         )
 
     stop = Stop()

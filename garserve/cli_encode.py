@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markup import escape
@@ -19,6 +19,10 @@ from garserve.cli_options import (
     VisionModelOption,
 )
 from garserve.cli_shared import console, status_console
+from garserve.errors import GarserveError
+
+if TYPE_CHECKING:
+    from garserve.model.encoder import RegionEncoder
 
 
 def encode(
@@ -33,6 +37,9 @@ def encode(
     tile_cache_gb: TileCacheOption = None,
     vision_backend: VisionBackendOption = None,
     vision_model: VisionModelOption = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Where torch computes; auto is a GPU where one is.")
+    ] = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Compute images and regions to embeddings, without a decoder, for an engine elsewhere that takes them instead.
@@ -49,7 +56,6 @@ def encode(
     from garserve.export.choice import choose_vision, open_vision
     from garserve.export.source import load_encoder
     from garserve.inputs.processor import Processor
-    from garserve.model.device import has_gpu
     from garserve.model.encoder import RegionEncoder
     from garserve.model.fingerprint import vision_fingerprint
     from garserve.model.tile_cache import DEFAULT_GB, TileCache
@@ -62,7 +68,8 @@ def encode(
     with status_console.status(f"Loading {checkpoint} ..."):
         exported = None if choice is None else open_vision(opened, choice)
         encoder = load_encoder(opened) if exported is None else RegionEncoder(config, vision=exported)
-        encoder = encoder.to("cuda") if exported is None and has_gpu() else encoder
+        if exported is None:
+            encoder = _placed(encoder, device)
         encoder.tile_cache = TileCache(DEFAULT_GB if tile_cache_gb is None else tile_cache_gb)
         files = FileEncoder(encoder, processor, vision_fingerprint(opened), output)
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
@@ -84,3 +91,15 @@ def encode(
         )
     if done.errors:
         raise typer.Exit(1)
+
+
+def _placed(encoder: "RegionEncoder", device: str) -> "RegionEncoder":
+    from garserve.model.device import has_gpu
+
+    if device == "cpu" or (device == "auto" and not has_gpu()):
+        return encoder
+    try:
+        return encoder.to("cuda")
+    except (AssertionError, RuntimeError) as error:  # torch has no CUDA, or it has no memory left
+        first = str(error).strip().splitlines()[0]
+        raise GarserveError(f"--device {device}: the GPU cannot be used ({first}); --device cpu does without") from None

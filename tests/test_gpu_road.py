@@ -22,10 +22,14 @@ from tests.conftest import PHOTO, write_lines
 vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (pip install garserve[cpu])")
 
 
-def test_asking_for_a_gpu_leaves_processes_that_can_be_forked() -> None:
-    code = "import os; from garserve.model.device import has_gpu; has_gpu()"
-    code += "; assert os.environ['PYTORCH_NVML_BASED_CUDA_CHECK'] == '1'"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"  # with it torch asks the driver's library, not CUDA, which forbids to fork
+
+
+def test_a_gpu_is_asked_for_without_cuda() -> None:
+    code = f"import os; from garserve.model.device import has_gpu; has_gpu(); print(os.environ.get({NVML!r}))"
+    environment = {name: value for name, value in os.environ.items() if name != NVML}
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
+    assert run.stdout == "1\n"
 
 
 @vllm
@@ -39,12 +43,18 @@ def test_engines_on_a_gpu_take_several_images_a_step(mini: Path, monkeypatch: py
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: False)
     arguments = engine_arguments(mini, read_config(mini), {"max_num_seqs": 64})
     assert (arguments["max_num_batched_tokens"], arguments["max_num_seqs"]) == (16384, 64)
+    assert "max_num_seqs" not in engine_arguments(mini, read_config(mini), {})
     assert "enforce_eager" not in arguments
     assert EngineArgs(model=str(mini)).max_num_batched_tokens is None  # which would become vLLM's 2,048
     assert worker_arguments(arguments) == {}
+    monkeypatch.undo()
     monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
     with engine_environment(2, separate_process=False):
         assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+        assert not current_platform.is_cpu() or worker_arguments({}), (
+            "what garserve has set for one engine is no user's wish for another"
+        )
     assert "VLLM_WORKER_MULTIPROC_METHOD" not in os.environ
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from garserve.vllm_plugin.parent import end_with_parent
+from garserve.vllm_plugin.parent import follow_parent
 
 SPAWN = multiprocessing.get_context("spawn")
 
 
 def child(own: Connection) -> None:
-    end_with_parent()
-    own.send(os.getpid())
+    follow_parent()
+    own.send((os.getpid(), signal.getsignal(signal.SIGINT) == signal.SIG_IGN))
     time.sleep(60)
 
 
@@ -39,7 +39,8 @@ def test_an_engine_does_not_outlive_its_parent(name: str, ends: bool) -> None:
     starter = SPAWN.Process(target=parent, args=(there, name))
     starter.start()
     assert here.poll(60)
-    engine = here.recv()
+    engine, ignores_ctrl_c = here.recv()
+    assert ignores_ctrl_c == ends
     time.sleep(0.5)
     assert lives(engine)
     starter.kill()

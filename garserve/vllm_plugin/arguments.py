@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Named by its path: the CPU build takes "uni" for "mp".
 _IN_ENGINE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+_BIND = "VLLM_CPU_OMP_THREADS_BIND"
+_set_here: set[str] = set()  # variables of the environment that are there for the start of an engine
 
 
 def engine_arguments(
@@ -59,8 +61,8 @@ def engine_arguments(
         # Compiling takes half a minute; profiling runs the tower over a full image, of which a CPU has no use.
         chosen |= {"enforce_eager": True, "skip_mm_profiling": True}
     else:
-        # Room for three of GAR-1B's images of 4,352 tokens; vLLM's 2,048 would take one of them in three steps.
-        chosen |= {"max_num_batched_tokens": 16384, "max_num_seqs": 256}
+        # Room for three of GAR-1B's images of 4,352 tokens; in vLLM's least, 2,048, one takes three steps.
+        chosen["max_num_batched_tokens"] = 16384
     known = {field.name for field in dataclasses.fields(EngineArgs)}
     unknown = sorted(set(options) - known)
     if unknown:
@@ -77,12 +79,13 @@ def ranks(arguments: Mapping[str, Any]) -> int:
 def worker_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments by which a single worker on a CPU runs inside its engine's process.
 
-    vLLM's CPU build starts another process for it, where it can bind threads to cores before they are there: 9 s of a
-    start, a gigabyte of memory, and a message there and back for each step. So that stays where binding was asked for.
+    vLLM's CPU build starts another process for it, where it can bind threads to cores before they are there: a third of
+    a start, 600 MB of memory, and a message there and back for each step. So that stays where the user set how to bind.
     """
     from vllm.platforms import current_platform
 
-    asked = arguments.get("distributed_executor_backend") or os.environ.get("VLLM_CPU_OMP_THREADS_BIND")
+    bound = _BIND in os.environ and _BIND not in _set_here
+    asked = arguments.get("distributed_executor_backend") or bound
     if asked or ranks(arguments) > 1 or not current_platform.is_cpu():
         return {}
     return {"distributed_executor_backend": _IN_ENGINE_PROCESS}
@@ -133,10 +136,10 @@ def engine_environment(workers: int, *, separate_process: bool) -> Iterator[None
     shares = [cores[i * share % len(cores) :][:share] for i in range(workers)]
     wanted = {
         "VLLM_CPU_KVCACHE_SPACE": "2",
-        # vLLM's own choice leaves a core idle for its API server, which is half of a small machine.
         # A fork of a process that has asked CUDA anything cannot use it, and may stand still in OpenMP.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-        "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(map(str, own)) for own in shares),
+        # vLLM's own choice leaves a core idle for its API server, which is half of a small machine.
+        _BIND: "|".join(",".join(map(str, own)) for own in shares),
     }
     if os.environ.get("VLLM_LOGGING_LEVEL") == "ERROR":  # for the processes that vLLM starts
         wanted |= {"PYTHONWARNINGS": "ignore::FutureWarning", "TORCH_CPP_LOG_LEVEL": "ERROR"}
@@ -148,9 +151,11 @@ def engine_environment(workers: int, *, separate_process: bool) -> Iterator[None
         changed["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if separate_process else "0"
         before = {name: os.environ.get(name) for name in changed}
         os.environ.update(changed)
+        _set_here.update(changed)
         try:
             yield
         finally:
+            _set_here.clear()
             for name, value in before.items():
                 if value is None:
                     del os.environ[name]

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from garserve.checkpoint import Checkpoint
 from garserve.errors import GarserveError, RequestError
@@ -14,6 +14,13 @@ from garserve.vllm_plugin.arguments import engine_arguments, quiet
 from garserve.vllm_plugin.driver import EngineDriver
 
 _process_lock = threading.Lock()
+
+
+def _on_gpu() -> bool:
+    """Say whether vLLM runs on something else than the CPU."""
+    from vllm.platforms import current_platform
+
+    return not current_platform.is_cpu()
 
 
 class VLLMBackend:
@@ -28,7 +35,7 @@ class VLLMBackend:
         *,
         max_num_tiles: int | None = None,
         tile_cache_gb: float = DEFAULT_GB,
-        separate_process: bool = False,
+        separate_process: bool | Literal["gpu"] = False,
         verbose: bool = False,
         vision: tuple[Path, str | None] | None = None,
         **options: Any,
@@ -37,13 +44,14 @@ class VLLMBackend:
 
         `tile_cache_gb` (10⁹ bytes, on each rank) is kept for features of tiles; 0 computes them anew in every step.
         `separate_process` runs the engine core in a process of its own: preparation and decoding then never wait
-        for each other's interpreter lock, at the price of a second start. `vision` is an exported tower and the
-        execution provider to run it on, in the place of the checkpoint's own.
+        for each other's interpreter lock, at the price of a second start; "gpu" does so unless vLLM runs on the CPU.
+        `vision` is an exported tower and the execution provider to run it on, in the place of the checkpoint's own.
         """
-        if not separate_process:
-            self._claim_process()
         try:
             quiet(verbose=verbose)
+            apart = _on_gpu() if separate_process == "gpu" else separate_process
+            if not apart:
+                self._claim_process()
             if max_num_tiles is not None:
                 options["mm_processor_kwargs"] = {
                     "max_num_tiles": max_num_tiles,
@@ -53,15 +61,13 @@ class VLLMBackend:
                 checkpoint.folder,
                 checkpoint.config,
                 options,
-                in_process=not separate_process,
+                in_process=not apart,
                 tile_cache_gb=TileCache(tile_cache_gb).gigabytes,
                 vision=vision,
             )
-            self.driver = EngineDriver(arguments, separate_process=separate_process)
-            from vllm.platforms import current_platform
-
+            self.driver = EngineDriver(arguments, separate_process=apart)
             chunked = self.driver.engine.vllm_config.scheduler_config.enable_chunked_prefill
-            self._takes_seeds = not (current_platform.is_cpu() and chunked)
+            self._takes_seeds = _on_gpu() or not chunked
         except GarserveError:
             self._release_process()
             raise

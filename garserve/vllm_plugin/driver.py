@@ -5,6 +5,7 @@ The thread that steps the engine is the one that made it (OpenMP threads are bou
 
 import atexit
 import itertools
+import logging
 import queue
 import threading
 import time
@@ -12,7 +13,10 @@ from collections.abc import Callable
 from concurrent.futures import InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
+from traceback import format_exception
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from garserve.errors import GarserveError, RequestError
 from garserve.generation import OnReport, Progress, Sampling, deliver
@@ -47,9 +51,11 @@ class EngineDriver:
         self._lock = threading.Lock()
         self.engine: LLMEngine
         self._thread = threading.Thread(target=self._run, args=(arguments,), name="garserve-engine", daemon=True)
+        threads = torch.get_num_threads()
         self._thread.start()
         if (error := self._started.get()) is not None:
             raise error
+        _keep_threads(threads)
         atexit.register(self.close)
 
     def submit(self, prepared: PreparedRequest, sampling: Sampling, on_report: OnReport) -> Callable[[], None]:
@@ -140,7 +146,8 @@ class EngineDriver:
                     self._step()
         except Exception as error:
             with self._lock:
-                # Without its frames, which hold the model: the next engine needs the memory.
+                # Told and kept without its frames, which hold the model: the next engine needs the memory.
+                logging.getLogger("garserve").error("the engine has failed\n%s", "".join(format_exception(error)))
                 self._dead = self._dead or GarserveError(f"{type(error).__name__}: {error}")
         self._end()
 
@@ -213,18 +220,28 @@ class EngineDriver:
 
 
 def _make_engine(arguments: dict[str, Any], separate_process: bool) -> "LLMEngine":
-    import torch
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.llm_engine import LLMEngine
 
     if separate_process:
         arguments = arguments | worker_arguments(arguments)
-    threads = torch.get_num_threads()
+    # Off the CPU, as many sequences at a time as for vLLM's own LLM class; an engine by itself would have 128.
+    context = UsageContext.ENGINE_CONTEXT if current_platform.is_cpu() else UsageContext.LLM_CLASS
     with engine_environment(ranks(arguments), separate_process=separate_process):
-        engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
-    if torch.get_num_threads() != threads:  # a GPU's worker takes one, but images are resized by this process, too
+        return LLMEngine.from_engine_args(EngineArgs(**arguments), usage_context=context)
+
+
+def _keep_threads(threads: int) -> None:
+    """Give the process back torch's threads, of which a GPU's worker takes all but one: images are resized here, too.
+
+    Not to be called from the engine's thread, whose compiled code was made for one.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
         torch.set_num_threads(threads)
-    return engine
 
 
 def _is_dead(engine: "LLMEngine") -> bool:

@@ -11,7 +11,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from garserve.vllm_plugin.parent import end_with_parent
+from garserve.vllm_plugin.parent import follow_parent
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -53,8 +53,8 @@ class PatientAsyncScheduler(_Patience, AsyncScheduler):
 def make_scheduler(*, vllm_config: "VllmConfig", **rest: Any) -> Scheduler:
     """Return the patient form of the scheduler that vLLM would take (its `scheduler_cls` may be any callable).
 
-    It is the one thing of garserve's that every engine makes in the process of its core.
+    It is the one thing of garserve's that an engine makes in the process of its core.
     """
-    end_with_parent()
+    follow_parent()
     kind = PatientAsyncScheduler if vllm_config.scheduler_config.async_scheduling else PatientScheduler
     return kind(vllm_config=vllm_config, **rest)

@@ -91,7 +91,7 @@ def main(
         raise SystemExit(f"{output}: expected a new or empty folder")
     (output / "images").mkdir(parents=True)
     if masks is not None:
-        folder = Folder(output, "own", 10**9, 10**9)
+        folder = Folder(output, "own", 10**9, 10**9, seed)
         for picture in _own_pictures(masks):
             folder.add(picture)
         return
