@@ -1,8 +1,8 @@
 """What comes of an output: COCO's JSON with captions, Parquet, a page that a browser shows, contact sheets."""
 
 import json
+import os
 import re
-import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -16,11 +16,16 @@ from garserve.batch.contact_sheet import write_contact_sheet
 from garserve.batch.outputs import check_coco, write_coco, write_parquet
 from garserve.batch.prepare import encoded
 from garserve.batch.report import write_report
+from garserve.demo import REGIONS
+from garserve.engine import Engine
 from garserve.errors import RequestError
+from garserve.inputs.processor import draw_masks
+from garserve.inputs.regions import Region
 from tests.batch_data import rows, run_echo, write_requests
-from tests.conftest import PHOTO
+from tests.browser import CHROMIUM, NO_CHROMIUM, browsing
+from tests.conftest import PHOTO, ROOT
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+EVALUATION = ROOT / "garserve" / "data" / "tiny_eval"
 OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 OPTIONS.append("--disable-background-networking")
 
@@ -62,7 +67,7 @@ def write_rows(path: Path, content: list[dict[str, Any]]) -> Path:
     return path
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian: apt-get install chromium)")
+@pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 def test_a_browser_shows_regions_and_filters(tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     assert write_report(write_rows(tmp_path / "out.jsonl", photo_rows()), page) == 4
@@ -82,7 +87,7 @@ def test_a_browser_shows_regions_and_filters(tmp_path: Path) -> None:
     assert '<span class="error">gone.png: no such file</span>' in errors
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian: apt-get install chromium)")
+@pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 def test_ten_thousand_rows_open_at_once(tmp_path: Path) -> None:
     with Image.open(PHOTO) as photo:
         photo.resize((120, 80)).save(tmp_path / "small.png")
@@ -99,6 +104,36 @@ def test_ten_thousand_rows_open_at_once(tmp_path: Path) -> None:
     assert '<span id="place">3 / 72</span>' in shown
     assert shown.count("<article") == 20
     assert "Answer 280" in shown.split("</form>")[1].split("</main>")[0]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
+def test_a_page_of_what_tiny_says(tmp_path: Path, tiny_reference: Engine) -> None:
+    """With GARSERVE_SCREENSHOTS=docs its picture is taken."""
+    asked = map(json.loads, (EVALUATION / "questions.jsonl").read_text().splitlines())
+    held_out = next(row for row in asked if row["image"].endswith("photographs_0012.jpg") and row["question"] is None)
+    part = {"part": Region.parse(held_out["regions"][0])}
+    captions = []
+    for name, path, regions in (("coffee", PHOTO, REGIONS), ("held_out", EVALUATION / held_out["image"], part)):
+        (tmp_path / f"{name}.jpg").write_bytes(path.read_bytes())
+        with Image.open(path) as picture:
+            masks = draw_masks(list(regions.values()), picture.height, picture.width)
+        for (label, region), mask in zip(regions.items(), masks, strict=True):
+            (answer,) = tiny_reference.describe(path, [region])
+            row = {"id": f"{name}/{label}", "text": answer.text, "form": "single", "image": f"{name}.jpg"}
+            captions.append({**row, "regions": [encoded(mask)]})
+    error = {"id": 7, "error": "gone.png: no such file", "image": "gone.png", "place": "line 4"}
+    page = tmp_path / "captions.html"
+    write_report(write_rows(tmp_path / "captions.jsonl", [*captions, error]), page, folder=tmp_path)
+    with browsing(tmp_path) as tab:
+        tab.window(1100, 770)
+        tab.open(f"{page.as_uri()}#filter=region")
+        tab.wait("[...document.querySelectorAll('canvas')].filter(canvas => canvas.dataset.pixels).length === 2")
+        shown = tab.run("document.querySelector('main').innerText")
+        assert all(row["text"] in shown for row in captions)
+        assert "gone.png" not in shown
+        assert tab.complaints == []
+        if folder := os.environ.get("GARSERVE_SCREENSHOTS"):
+            tab.screenshot(Path(folder) / "report.png")
 
 
 def test_a_report_of_a_part_says_so(tmp_path: Path) -> None:
