@@ -232,3 +232,18 @@ def test_the_alpha_channel_is_a_mask_and_the_pixels_stay(kind: str) -> None:
         assert mask is not None
         assert (mask == (alpha != 0)).all()
         assert (found == np.asarray(picture.convert("RGBA").convert("RGB"))).all()
+
+
+def test_a_chat_keeps_what_else_vllm_s_renderer_knows() -> None:
+    """vLLM 0.33 asks its renderer for more than 0.32 does."""
+    from garserve.serving.chat import PreparedChat, region_chat
+
+    renderer = SimpleNamespace(reasoning_effort_map={"none": "low"}, render_chat=None)
+    serving: Any = SimpleNamespace(online_renderer=renderer, engine_client="vLLM's")
+    own: Any = region_chat(serving, "garserve's")  # type: ignore[arg-type]
+    assert (serving.engine_client, own.engine_client) == ("vLLM's", "garserve's")
+    assert own.online_renderer.reasoning_effort_map == {"none": "low"}
+    assert renderer.render_chat is None
+    request = PreparedChat(messages=[])
+    request._engine_input = "input"
+    assert asyncio.run(own.online_renderer.render_chat(request)) == ([], ["input"])

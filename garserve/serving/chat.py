@@ -34,17 +34,16 @@ class PreparedChat(ChatCompletionRequest):
     _engine_input: Any = PrivateAttr(None)
 
 
-class _PreparedRenderer:
-    """Takes the place of vLLM's renderer, which makes the engine's input from messages."""
-
-    async def render_chat(self, request: PreparedChat) -> tuple[list[Any], list[Any]]:
-        return [], [request._engine_input]
+async def _render_prepared(request: PreparedChat) -> tuple[list[Any], list[Any]]:
+    """Take the place of what makes vLLM's input from messages."""
+    return [], [request._engine_input]
 
 
 def region_chat(serving: OpenAIServingChat, engine: RegionEngineClient) -> OpenAIServingChat:
     """Return vLLM's chat serving with garserve's prompts and texts; vLLM's own stays as it is."""
     own: Any = copy(serving)
-    own.online_renderer = _PreparedRenderer()
+    own.online_renderer = copy(serving.online_renderer)
+    own.online_renderer.render_chat = _render_prepared
     own.engine_client = engine
     return own  # type: ignore[no-any-return]
 
