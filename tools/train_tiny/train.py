@@ -50,7 +50,7 @@ def main(
     start: Annotated[
         Path | None, typer.Option(help="A tiny checkpoint to teach further: the dropped heads first, then everything.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps in all.")] = 4200,
+    steps: Annotated[int, typer.Option(min=1, help="Steps in all.")] = 4000,
     vision_steps: Annotated[int, typer.Option(min=0, help="First steps, of the tower alone; 0 with --start.")] = 900,
     decoder_steps: Annotated[int, typer.Option(min=0, help="Next steps, of the decoder alone; 0 with --start.")] = 600,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures a step.")] = 16,
