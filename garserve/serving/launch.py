@@ -57,7 +57,6 @@ def serve(launch: Launch) -> int:
 
 def _prepare_environment() -> None:
     named = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's own command does
     os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*named, PLUGIN]))
     for name in KEY_VARIABLES:  # garserve's gate has them; vLLM's own would refuse in another shape
         os.environ.pop(name, None)
