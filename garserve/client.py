@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from garserve.client_wire import RegionText, Requests, checked, delta, event, region_text
+from garserve.client_wire import Events, RegionText, Requests, answered, checked, delta, region_text
 
 if TYPE_CHECKING:
     import httpx
@@ -19,8 +19,8 @@ class Client(Requests):
 
     def describe(self, image: Any, regions: Sequence[Any], **options: Any) -> list[RegionText]:
         """Describe each region by itself; `options` are fields of /v1/regions/describe. Raises ServerError."""
-        response = self._http.post("/v1/regions/describe", json=self._describe(image, regions, options))
-        return [region_text(item) for item in checked(response, response.content)["descriptions"]]
+        found = self._post("/v1/regions/describe", self._describe(image, regions, options))
+        return [region_text(item) for item in found["descriptions"]]
 
     def stream_describe(self, image: Any, regions: Sequence[Any], **options: Any) -> Iterator[RegionText]:
         """Yield each region's text as it is done, in any order. Raises ServerError."""
@@ -33,8 +33,8 @@ class Client(Requests):
 
         `options` are fields of /v1/chat/completions, and `system` and `turns` ([role, text] pairs). Raises ServerError.
         """
-        response = self._http.post("/v1/chat/completions", json=self._ask(image, regions, question, options))
-        return str(checked(response, response.content)["choices"][0]["message"]["content"])
+        found = self._post("/v1/chat/completions", self._ask(image, regions, question, options))
+        return str(found["choices"][0]["message"]["content"])
 
     def stream_ask(
         self, image: Any, regions: Sequence[Any], question: str | None = None, **options: Any
@@ -45,13 +45,19 @@ class Client(Requests):
             if piece := delta(found):
                 yield piece
 
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
+        with answered():
+            response = self._http.post(path, json=body)
+        return checked(response, response.content)
+
     def _events(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        with self._http.stream("POST", path, json=body) as response:
+        events = Events()
+        with answered(), self._http.stream("POST", path, json=body) as response:
             if response.status_code != 200:
                 checked(response, response.read())
-            for line in response.iter_lines():
-                if (found := event(line)) is not None:
-                    yield found
+            for piece in response.iter_bytes():
+                yield from events.read(piece)
+        events.end()
 
     def close(self) -> None:
         """Close the connections."""
@@ -74,8 +80,8 @@ class AsyncClient(Requests):
 
     async def describe(self, image: Any, regions: Sequence[Any], **options: Any) -> list[RegionText]:
         """See Client.describe."""
-        response = await self._http.post("/v1/regions/describe", json=self._describe(image, regions, options))
-        return [region_text(item) for item in checked(response, response.content)["descriptions"]]
+        found = await self._post("/v1/regions/describe", self._describe(image, regions, options))
+        return [region_text(item) for item in found["descriptions"]]
 
     async def stream_describe(self, image: Any, regions: Sequence[Any], **options: Any) -> AsyncIterator[RegionText]:
         """See Client.stream_describe."""
@@ -86,8 +92,8 @@ class AsyncClient(Requests):
 
     async def ask(self, image: Any, regions: Sequence[Any], question: str | None = None, **options: Any) -> str:
         """See Client.ask."""
-        response = await self._http.post("/v1/chat/completions", json=self._ask(image, regions, question, options))
-        return str(checked(response, response.content)["choices"][0]["message"]["content"])
+        found = await self._post("/v1/chat/completions", self._ask(image, regions, question, options))
+        return str(found["choices"][0]["message"]["content"])
 
     async def stream_ask(
         self, image: Any, regions: Sequence[Any], question: str | None = None, **options: Any
@@ -98,13 +104,21 @@ class AsyncClient(Requests):
             if piece := delta(found):
                 yield piece
 
+    async def _post(self, path: str, body: dict[str, Any]) -> Any:
+        with answered():
+            response = await self._http.post(path, json=body)
+        return checked(response, response.content)
+
     async def _events(self, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        async with self._http.stream("POST", path, json=body) as response:
-            if response.status_code != 200:
-                checked(response, await response.aread())
-            async for line in response.aiter_lines():
-                if (found := event(line)) is not None:
-                    yield found
+        events = Events()
+        with answered():
+            async with self._http.stream("POST", path, json=body) as response:
+                if response.status_code != 200:
+                    checked(response, await response.aread())
+                async for piece in response.aiter_bytes():
+                    for found in events.read(piece):
+                        yield found
+        events.end()
 
     async def close(self) -> None:
         """Close the connections."""

@@ -4,26 +4,33 @@ import base64
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from garserve.errors import GarserveError, RegionError
+from garserve.errors import GarserveError, ImageError, RegionError
+from garserve.inputs.images import load_image
 from garserve.inputs.regions import Region
 from garserve.inputs.shapes import BoxShape, MaskShape, PolygonShape, RLEShape, StrokeShape
 
 if TYPE_CHECKING:
     import httpx
+    from numpy.typing import NDArray
 
-_DONE = "[DONE]"
+_DATA, _DONE = b"data: ", b"[DONE]"
+_STATUSES = {"timeout": 504, "internal_error": 500}  # of errors in a stream, whose own status has been sent
 
 
 class ServerError(GarserveError):
-    """The server's refusal: its status, and the code, the field and the words of its error."""
+    """The server's refusal: its status, and the code, the field and the words of its error.
 
-    def __init__(self, status: int, error: dict[str, Any]) -> None:
-        super().__init__(f"{status}: {error.get('message', 'no message')}")
+    `status` is None where no answer came, or not the whole of one: nobody listens, or the connection broke.
+    """
+
+    def __init__(self, status: int | None, error: dict[str, Any]) -> None:
+        super().__init__(f"{'no answer' if status is None else status}: {error.get('message', 'no message')}")
         self.status, self.code, self.param = status, error.get("code"), error.get("param")
 
 
@@ -40,22 +47,30 @@ class RegionText:
 
 
 def image_url(image: Any) -> str:
-    """Return an image as the server takes it: a URL as it is; a path, bytes, a PIL image or an array as a data URL."""
+    """Return an image as the server takes it: a URL as it is; a path, bytes, a PIL image or an array as a data URL.
+
+    A PIL image or an array is sent as a PNG of what `load_image` makes of it: upright, 8-bit RGB.
+    Raises ImageError where it cannot be read.
+    """
     if isinstance(image, str) and image.split(":", 1)[0] in ("data", "http", "https", "file"):
         return image
     if isinstance(image, str | os.PathLike):
-        image = Path(image).read_bytes()
+        try:
+            image = Path(image).read_bytes()
+        except (OSError, ValueError) as error:
+            raise ImageError(f"{image}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if not isinstance(image, bytes):
-        image = _png(image)
+        image = _png(load_image(image))
     return "data:application/octet-stream;base64," + base64.b64encode(image).decode()
 
 
 def region_json(region: Any) -> Any:
-    """Return a region as the server takes it: JSON as it is, a Region, a mask array or a PIL image as JSON.
+    """Return a region as the server takes it: JSON as it is; a Region, a mask array, a PIL image or a mask's path as
+    JSON, masks as PNG data URLs.
 
     Raises RegionError for what has no such form, and for a mask that is a file which cannot be read.
     """
-    if isinstance(region, dict):
+    if isinstance(region, dict) and ("mask" not in region or str(region["mask"]).startswith("data:")):
         return region
     shape = Region.parse(region).shape
     if isinstance(shape, BoxShape):
@@ -70,18 +85,16 @@ def region_json(region: Any) -> Any:
         size = {"width": 2 * shape.radius} if shape.joined else {"radius": shape.radius}
         return {"scribble" if shape.joined else "points": points, **size}
     if isinstance(shape, MaskShape):
-        mask = shape._array()
+        mask = shape.array()
         return {"mask": "data:image/png;base64," + base64.b64encode(_png(mask)).decode()}
     raise RegionError(f"region: {type(shape).__name__} cannot be sent")
 
 
-def _png(image: Any) -> bytes:
-    import numpy as np
+def _png(image: "NDArray[Any]") -> bytes:
     from PIL import Image
 
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    Image.fromarray(image).save(file, "PNG")
     return file.getvalue()
 
 
@@ -140,20 +153,47 @@ def checked(response: "httpx.Response", body: bytes) -> Any:
     return data
 
 
-def event(line: str) -> dict[str, Any] | None:
-    """Return the data of one line of a stream, None for other lines. Raises ServerError for an error."""
-    if not line.startswith("data: ") or line[6:] == _DONE:
-        return None
-    data: dict[str, Any] = json.loads(line[6:])
-    if "error" in data and "index" not in data:
-        code = data["error"].get("code")
-        raise ServerError(code if isinstance(code, int) else 503, data["error"])
-    return data
+@contextmanager
+def answered() -> Iterator[None]:
+    """Make every failure of the connection a ServerError without a status."""
+    import httpx
+
+    try:
+        yield
+    except httpx.RequestError as error:
+        raise ServerError(None, {"message": f"{type(error).__name__}: {error}"}) from error
 
 
-def delta(event: dict[str, Any] | None) -> str:
+class Events:
+    """The events of a stream from its bytes, as they come. Lines end with a line feed: texts may hold other ends."""
+
+    def __init__(self) -> None:
+        self._rest, self._ended = b"", False
+
+    def read(self, piece: bytes) -> Iterator[dict[str, Any]]:
+        """Yield the data of each event that is whole now. Raises ServerError for an error."""
+        *lines, self._rest = (self._rest + piece).split(b"\n")
+        for line in lines:
+            if not line.startswith(_DATA):
+                continue
+            if line[len(_DATA) :].strip() == _DONE:
+                self._ended = True
+                return
+            data: dict[str, Any] = json.loads(line[len(_DATA) :])
+            if "error" in data and "index" not in data:
+                code = data["error"].get("code")
+                raise ServerError(code if isinstance(code, int) else _STATUSES.get(code, 503), data["error"])
+            yield data
+
+    def end(self) -> None:
+        """Raise ServerError where the stream ended before its answer did."""
+        if not self._ended:
+            raise ServerError(None, {"message": "the connection ended before the answer did", "code": "incomplete"})
+
+
+def delta(event: dict[str, Any]) -> str:
     """Return the text that a chat's event adds."""
-    return event["choices"][0]["delta"].get("content") or "" if event and event.get("choices") else ""
+    return event["choices"][0]["delta"].get("content") or "" if event.get("choices") else ""
 
 
 def region_text(event: dict[str, Any]) -> RegionText:

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from vllm.exceptions import GenerationError, VLLMClientError
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from garserve.errors import InputError
+from garserve.errors import InputError, first_line
 from garserve.serving import metrics
 from garserve.serving.errors import APIError, engine_dead, from_input, from_validation, internal
 from garserve.serving.logs import logger
@@ -47,7 +47,7 @@ def as_api_error(error: Exception, request: Request) -> APIError:
         status = getattr(error, "status_code", 503)
         return engine_dead() if int(status) == 503 else internal()
     if isinstance(error, VLLMClientError):
-        return APIError(400, str(error).splitlines()[0][:300], param=getattr(error, "parameter", None))
+        return APIError(400, first_line(error)[:300], param=getattr(error, "parameter", None))
     logger.error("request failed", exc_info=error, extra={"fields": {"request_id": request_id(request)}})
     return internal()
 
@@ -88,7 +88,7 @@ async def _disconnect(request: Request) -> None:
 
 def event(data: Any) -> str:
     """Return one server-sent event."""
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
 
 
 def deadline_in(seconds: float) -> float | None:
