@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 
 from garserve.config import GARConfig, VisionConfig, read_config, read_json
-from garserve.errors import CheckpointError
+from garserve.errors import CheckpointError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -143,7 +143,7 @@ def resolve(checkpoint: str | Path) -> Path:
     except Exception as error:  # the hub's client raises many kinds: network, not found, gated
         raise CheckpointError(
             f"checkpoint {name!r}: no such folder, and fetching it from the Hugging Face hub failed "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no details'})"
+            f"({type(error).__name__}: {first_line(error)})"
         ) from error
 
 

@@ -19,7 +19,7 @@ from garserve.cli_options import (
     VisionModelOption,
 )
 from garserve.cli_shared import console, status_console
-from garserve.errors import GarserveError
+from garserve.errors import GarserveError, first_line
 
 if TYPE_CHECKING:
     from garserve.model.encoder import RegionEncoder
@@ -101,5 +101,5 @@ def _placed(encoder: "RegionEncoder", device: str) -> "RegionEncoder":
     try:
         return encoder.to("cuda")
     except (AssertionError, RuntimeError) as error:  # torch has no CUDA, or it has no memory left
-        first = str(error).strip().splitlines()[0]
-        raise GarserveError(f"--device {device}: the GPU cannot be used ({first}); --device cpu does without") from None
+        why = first_line(error)
+        raise GarserveError(f"--device {device}: the GPU cannot be used ({why}); --device cpu does without") from None

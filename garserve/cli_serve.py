@@ -3,6 +3,7 @@
 import atexit
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -98,7 +99,8 @@ def serve(
 
     if image_folder is not None and not image_folder.is_dir():
         raise RequestError(f"--image-folder {image_folder}: no such folder")
-    settings = Settings(
+    settings = replace(
+        Settings.from_environment(),
         api_keys=keys_of_environment() if api_key_file is None else _keys(api_key_file),
         max_body_bytes=int(max_body_mb * _MIB),
         max_image_bytes=int(max_image_mb * _MIB),

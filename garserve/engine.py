@@ -179,7 +179,7 @@ class Engine:
 
     async def generate(self, request: RegionRequest) -> AsyncIterator[Chunk]:
         """Answer one request piece by piece; leaving the iteration early cancels the work."""
-        prepared = await asyncio.to_thread(self.processor, request)
+        prepared = await asyncio.to_thread(self._prepared, request)
         loop = asyncio.get_running_loop()
         reports: asyncio.Queue[Report] = asyncio.Queue()
 
@@ -214,18 +214,17 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _prepared(self, request: RegionRequest) -> PreparedRequest:
+        try:
+            return self.processor(request)
+        except InputError:
+            raise
+        except Exception as error:  # whatever a request holds, the others go on
+            raise RequestError(f"request cannot be prepared ({type(error).__name__}: {error})") from error
+
     def _start(self, request: RegionRequest) -> "_Pending | GarserveError":
         try:
-            prepared = self.processor(request)
-        except InputError as error:
-            return error
-        except Exception as error:  # whatever a request holds, the others go on
-            return RequestError(f"request cannot be prepared ({type(error).__name__}: {error})")
-        return self._submit(request, prepared)
-
-    def _submit(self, request: RegionRequest, prepared: PreparedRequest) -> "_Pending | GarserveError":
-        try:
-            return _Pending(self, request, prepared)
+            return _Pending(self, request, self._prepared(request))
         except InputError as error:
             return error
 

@@ -27,3 +27,9 @@ class CheckpointError(GarserveError):
 
 class OnnxError(GarserveError):
     """An exported model that is missing, damaged or of another checkpoint, or that cannot run here as asked."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a foreign error's message, "no details" where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no details"

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import io
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from garserve.errors import ImageError
-from garserve.inputs.images import load_image, load_mask
+from garserve.inputs.images import image_pixels, load_image, load_mask
 from tests.conftest import PHOTO
 
 
@@ -106,6 +107,7 @@ def test_tiny_and_very_wide_images() -> None:
         (12, "expected a path, bytes, data URL, PIL image or array, got int"),
         ("a\0b.png", "cannot be read"),
         (Image.new("F", (2, 2), 0.5), "mode F"),
+        (Image.new("I", (2, 2), 200), "mode I with values 200..200; expected 16 bits"),
     ],
 )
 def test_refused(source: object, message: str) -> None:
@@ -161,3 +163,21 @@ def test_bombs_are_refused_before_decoding() -> None:
         load_image(bomb)
     with pytest.raises(ImageError, match="100x100 pixels; refused, more than 9999"):
         load_image(png(Image.new("1", (100, 100))), max_pixels=9999)
+
+
+def test_several_threads_may_read_one_picture(colours: np.ndarray) -> None:
+    file = png(Image.fromarray(np.repeat(np.repeat(colours, 40, 0), 40, 1)))
+    expected = load_image(file)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            picture = Image.open(io.BytesIO(file))  # not decoded yet
+            for found in pool.map(load_image, [picture] * 4):
+                assert (found == expected).all()
+
+
+def test_the_number_of_pixels_is_known_from_the_header() -> None:
+    assert image_pixels(png(Image.new("RGB", (30, 20)))[:60]) == 600
+    with pytest.raises(ImageError, match="30x20 pixels; refused, more than 599"):
+        image_pixels(png(Image.new("RGB", (30, 20))), max_pixels=599)
+    with pytest.raises(ImageError, match="not an image"):
+        image_pixels(b"hello, this is a text")

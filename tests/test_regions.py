@@ -157,11 +157,15 @@ NAN = float("nan")
         (lambda: Region.from_box("1234"), "box: expected numbers"),
         (lambda: Region.from_box(["1", "2", "3", "4"]), "box: expected numbers"),
         (lambda: Region.from_box([0, 0, True, 9]), "box: expected numbers"),
+        (lambda: Region.from_box([0.1, 0.2, 0.5, 0.6]), "box: expected pixels, got .* which look like fractions"),
         (lambda: Region.from_xywh([1, 2, -3, 4]), "box: expected x1 < x2"),
         (lambda: Region.from_polygon([[1, 1], [5, 5]]), "polygon: expected at least three points, got 2"),
         (lambda: Region.from_polygon([1, 1, 5, 5, 9]), "polygon: expected at least three points"),
         (lambda: Region.from_polygon([]), "polygon: expected"),
         (lambda: Region.from_polygon([[1, 1], [NAN, 5], [9, 9]]), "polygon: expected finite numbers"),
+        (lambda: Region.from_polygon({"x": 1}), "polygon: expected"),  # type: ignore[arg-type]
+        (lambda: Region.from_polygon([{"x": 1, "y": 2, "z": 3}]), "polygon: expected"),
+        (lambda: Region.from_polygon(np.array(3)), "polygon: expected"),  # type: ignore[arg-type]
         (lambda: Region.from_polygon([[100, 1], [150, 5], [120, 9]]), "polygon: spans .* outside"),
         (lambda: Region.from_polygon([[1, 1], [1, 1], [1, 1]]), "polygon: covers no pixel"),
         (lambda: Region.from_rle({"size": [W, H], "counts": [0, H * W]}), r"rle: size: expected .* \[40, 60\]"),
@@ -171,6 +175,7 @@ NAN = float("nan")
         ),
         (lambda: Region.from_rle({"size": [H, W], "counts": "0T3"}), "rle: counts: expected runs of 2400"),
         (lambda: Region.from_rle({"size": [H, W], "counts": "\x01"}), "rle: counts: not COCO's compressed form"),
+        (lambda: Region.from_rle({"size": [H, W], "counts": "P;é"}), "rle: counts: not COCO's compressed form at .* 2"),
         (lambda: Region.from_rle({"size": [H, W], "counts": [2400]}), "rle: covers no pixel"),
         (lambda: Region.from_rle({"size": [H, W]}), "rle: expected"),
         (lambda: Region.from_points([]), "points: expected at least one point"),
@@ -178,6 +183,10 @@ NAN = float("nan")
         (lambda: Region.from_points([[1, 2, 3]]), "points: expected 2 numbers, got 3"),
         (lambda: Region.from_points([5, 5], radius=0), "points: expected a radius of more than 0"),
         (lambda: Region.from_points([5, 5], radius=NAN), "points: expected a radius"),
+        (lambda: Region.from_points([5, 5], radius="8"), "points: radius: expected a number, got '8'"),
+        (lambda: Region.from_points({"x": 1, "y": 2}), "points: expected"),
+        (lambda: Region.from_points(np.array(3)), "points: expected"),
+        (lambda: Region.from_scribble([[5, 5], [9, 9]], width="8"), "scribble: width: expected a number, got '8'"),
         (lambda: Region.from_scribble([[5, 5]]), "scribble: expected at least two points"),
         (lambda: Region.parse({"box": [1, 2, 3, 4], "rle": {}}), "exactly one of"),
         (lambda: Region.parse({"bbox": [1, 2, 3, 4]}), "exactly one of"),
@@ -190,3 +199,36 @@ NAN = float("nan")
 def test_refused(make, message: str) -> None:
     with pytest.raises(RegionError, match=message):
         make().mask(H, W)
+
+
+def paletted(colours: list[list[int]], transparent: int | None = None) -> Image.Image:
+    """A picture [40, 60] of entries 0, 1, …, one to a block of ten columns."""
+    picture = Image.fromarray(np.repeat(np.arange(W, dtype=np.uint8) // 10 % len(colours), 1)[None].repeat(H, 0))
+    picture = picture.convert("P")
+    picture.putpalette([value for colour in colours for value in colour])
+    if transparent is not None:
+        picture.info["transparency"] = transparent
+    return picture
+
+
+@pytest.mark.parametrize(
+    ("colours", "transparent", "inside"),
+    [
+        ([[0, 0, 0], [128, 0, 0], [0, 0, 0]], None, {1, 2}),  # labels: entry 0 is outside, whatever others look like
+        ([[255, 255, 255], [0, 0, 0]], None, {0}),  # as a quantiser orders black and white
+        ([[255, 255, 255], [255, 0, 0]], None, {1}),  # no black: entry 0 is outside
+        ([[255, 255, 255], [255, 0, 0], [0, 0, 0]], None, {0, 1}),
+        ([[255, 0, 0], [0, 0, 0]], 1, {0}),
+        ([[0, 0, 0], [255, 0, 0]], 1, {0}),
+    ],
+)
+def test_palettes(colours: list[list[int]], transparent: int | None, inside: set[int]) -> None:
+    expected = np.isin(np.arange(W) // 10 % len(colours), list(inside))[None].repeat(H, 0)
+    assert (Region.from_mask(paletted(colours, transparent)).mask(H, W) == expected).all()
+
+
+def test_a_large_stroke_is_drawn_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    region = Region.from_scribble([[5, 3], [50, 30], [20, 38]], width=21)
+    whole = region.mask(H, W)
+    monkeypatch.setattr("garserve.inputs.shapes._STROKE_BLOCK", 100)
+    assert (region.mask(H, W) == whole).all()

@@ -93,6 +93,25 @@ def test_the_openai_client_streams_and_refuses(server: Served, truth: dict[str, 
     assert asyncio.run(several()) == [truth["answer"]] * 4
 
 
+def test_the_openai_client_goes_on_with_an_answer(server: Served, tiny_reference: Engine) -> None:
+    import openai
+
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+    further = "Which is larger, <Prompt0> or <Prompt1>?"
+    body = chat_body()
+    first = client.chat.completions.create(**body)
+    messages = [*body["messages"], first.choices[0].message, {"role": "user", "content": further}]
+    second = client.chat.completions.create(**{**body, "messages": messages})
+    chat = tiny_reference.chat(PHOTO, REGIONS, max_tokens=64)
+    assert [one.choices[0].message.content for one in (first, second)] == [
+        chat.say(QUESTION).text,
+        chat.say(further).text,
+    ]
+
+
 def test_garserves_client(server: Served, truth: dict[str, Any]) -> None:
     with garserve.Client(server.url) as client:
         assert [item.text for item in client.describe(PHOTO, REGIONS, max_tokens=64)] == truth["captions"]

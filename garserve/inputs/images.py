@@ -8,6 +8,7 @@ import stat
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
@@ -27,6 +28,9 @@ MAX_SIDE = 65_535
 
 # What is opened at all: Pillow also knows formats that run other programs, or that nobody keeps photographs in.
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "PPM")
+
+# Pillow decodes a picture when it is first looked at, and not in two threads at a time.
+_LOCKS = tuple(Lock() for _ in range(64))
 
 _BACKGROUND = (255, 255, 255)  # transparent pixels are laid on white, as vLLM lays them
 
@@ -48,11 +52,12 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> NDArray[
         return _guarded(name, lambda: _to_rgb(open_picture(file, name, max_pixels), name, max_pixels))
 
 
-def hold_image(source: ImageSource) -> NDArray[np.uint8]:
-    """Read an image that several requests will name: read-only memory of its own, so that who has seen it knows it
-    again without looking at its pixels. Raises ImageError, as load_image does.
+def hold_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """Read an image once for several requests: RGB uint8 [H, W, 3], read-only memory of its own.
+
+    Later requests know such an array again without hashing its pixels. Raises ImageError, as load_image does.
     """
-    image = load_image(source)
+    image = load_image(source, max_pixels=max_pixels)
     if image.flags.writeable or image.base is not None:
         if image is source or image.base is not None:
             image = image.copy()
@@ -64,7 +69,7 @@ def load_mask(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> 
     """Read an image file as it is, for use as a mask: no conversion, no orientation. Raises ImageError."""
     file, name = _open_bytes(path)
     with file:
-        return _guarded(name, lambda: _loaded(open_picture(file, name, max_pixels)))
+        return _guarded(name, lambda: decoded(open_picture(file, name, max_pixels)))
 
 
 def load_with_alpha(
@@ -99,8 +104,18 @@ def open_picture(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
     return image
 
 
-def _loaded(image: Image.Image) -> Image.Image:
-    image.load()
+def image_pixels(source: str | os.PathLike[str] | bytes, *, max_pixels: int = MAX_PIXELS) -> int:
+    """Return how many pixels an image file has, by its header alone. Raises ImageError, as load_image does."""
+    file, name = _open_bytes(source)
+    with file:
+        width, height = _guarded(name, lambda: open_picture(file, name, max_pixels).size)
+    return width * height
+
+
+def decoded(image: Image.Image) -> Image.Image:
+    """Return a PIL image with its pixels decoded, also where several threads ask for those of the same one."""
+    with _LOCKS[(id(image) >> 6) % len(_LOCKS)]:
+        image.load()
     return image
 
 
@@ -172,7 +187,7 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> NDArray[np.uint8]
 
 def _upright(image: Image.Image) -> Image.Image:
     """Turn an image as its EXIF data say; data that cannot be read say nothing."""
-    image.load()
+    decoded(image)
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # Pillow's reader of EXIF raises whatever it stumbles over
@@ -185,6 +200,8 @@ def _from_wide(image: Image.Image, name: str) -> Image.Image:
     low, high = float(values.min()), float(values.max())
     if image.mode == "F" or low < 0 or high > 65535:
         raise ImageError(f"{name}: mode {image.mode} with values {low:g}..{high:g}; expected 8 or 16 bits a channel")
+    if 0 < high < 256:  # as 16 bits it would be black
+        raise ImageError(f"{name}: mode I with values {low:g}..{high:g}; expected 16 bits; convert 8 bits to mode L")
     return Image.fromarray((values.astype(np.uint32) >> 8).astype(np.uint8))
 
 

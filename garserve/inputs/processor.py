@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -106,7 +107,7 @@ class Processor:
         self.config = config
         self.max_num_tiles = max_num_tiles or config.max_num_tiles
         self.tokenizer = GARTokenizer(folder / "tokenizer.json", config)
-        self._kept: OrderedDict[bytes, _Pixels] = OrderedDict()
+        self._kept: OrderedDict[bytes, Future[_Pixels]] = OrderedDict()
         self._kept_images = kept_images
         self._fingerprint = fingerprint
         self._lock = Lock()
@@ -203,18 +204,28 @@ class Processor:
         return items
 
     def _tiled(self, image: NDArray[np.uint8]) -> _Pixels:
+        """Return an image's tiles; who asks for those that another thread is making waits for them."""
         key = self._names(image, self.max_num_tiles)
         with self._lock:
-            if (kept := self._kept.get(key)) is not None:
+            kept = self._kept.get(key)
+            if kept is not None:
                 self._kept.move_to_end(key)
-                return kept
-        tiled = tile_image(image, self.max_num_tiles, self.config.tile_size)
-        pixels = _Pixels(tiled, tuple(blake3(tile.data).digest() for tile in tiled.tiles.numpy()))
-        with self._lock:
-            self._kept[key] = pixels
-            while len(self._kept) > self._kept_images:
-                self._kept.popitem(last=False)
-        return pixels
+            else:
+                made = self._kept[key] = Future()
+                while len(self._kept) > self._kept_images:
+                    self._kept.popitem(last=False)
+        if kept is not None:
+            return kept.result()
+        try:
+            tiled = tile_image(image, self.max_num_tiles, self.config.tile_size)
+            made.set_result(_Pixels(tiled, tuple(blake3(tile.data).digest() for tile in tiled.tiles.numpy())))
+        except BaseException as error:
+            with self._lock:
+                if self._kept.get(key) is made:
+                    del self._kept[key]
+            made.set_exception(error)
+            raise
+        return made.result()
 
 
 def draw_masks(regions: Sequence[Region], height: int, width: int) -> list[Mask]:

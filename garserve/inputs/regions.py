@@ -70,7 +70,7 @@ class Region:
     @staticmethod
     def from_points(points: Sequence[Any], *, radius: float = 8.0) -> "Region":
         """Use one point [x, y] or several: a disc of `radius` pixels around each."""
-        return Region(StrokeShape(_points("points", points), radius, joined=False))
+        return Region(StrokeShape(_points("points", points), _number("points: radius", radius), joined=False))
 
     @staticmethod
     def from_scribble(points: Sequence[Any], *, width: float = 8.0) -> "Region":
@@ -78,7 +78,7 @@ class Region:
         line = _points("scribble", points)
         if len(line) < 2:
             raise RegionError(f"scribble: expected at least two points, got {len(line)}")
-        return Region(StrokeShape(line, width / 2, joined=True))
+        return Region(StrokeShape(line, _number("scribble: width", width) / 2, joined=True))
 
     @staticmethod
     def parse(data: Any) -> "Region":
@@ -140,6 +140,14 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, float) or (type(value) is int and abs(value) < 2**53)
 
 
+def _number(field: str, value: Any) -> float:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if not _is_number(value):
+        raise RegionError(f"{field}: expected a number, got {value!r:.80}")
+    return float(value)
+
+
 def normalised_box(mask: Mask) -> Box:
     """Return x_min/W, y_min/H, x_max/W, y_max/H of a mask [H, W], by inclusive pixel indices as the authors do."""
     height, width = mask.shape
@@ -168,8 +176,12 @@ def _numbers(kind: str, values: Any, count: int | None = None) -> Any:
     return numbers
 
 
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim > 0)
+
+
 def _points(kind: str, points: Any) -> tuple[tuple[float, float], ...]:
-    if isinstance(points, str) or not hasattr(points, "__len__"):
+    if not _is_list(points):
         raise RegionError(f"{kind}: expected [[x, y], ...], got {points!r:.80}")
     if len(points) == 2 and all(np.isscalar(value) for value in points):
         points = [points]
@@ -179,12 +191,12 @@ def _points(kind: str, points: Any) -> tuple[tuple[float, float], ...]:
 
 
 def _polygons(polygon: Any) -> tuple[tuple[float, ...], ...]:
-    if isinstance(polygon, str) or not hasattr(polygon, "__len__") or len(polygon) == 0:
+    if not _is_list(polygon) or len(polygon) == 0:
         raise RegionError(f"polygon: expected [[x, y], ...] or a list of such lists, got {polygon!r:.80}")
     first = polygon[0]
     if np.isscalar(first):
         rings = [polygon]
-    elif hasattr(first, "__len__") and len(first) == 2 and all(np.isscalar(value) for value in first):
+    elif _is_list(first) and len(first) == 2 and all(np.isscalar(value) for value in first):
         rings = [[value for point in polygon for value in _numbers("polygon", point, 2)]]
     else:
         return tuple(ring for part in polygon for ring in _polygons(part))

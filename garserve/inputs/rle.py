@@ -50,7 +50,10 @@ def compressed_runs(counts: str | bytes) -> list[int]:
     A character has 5 bits from "0", low bits first, bit 6 for more; from the fourth run on, a run is stored as its
     difference to the run two before (cocoapi, maskApi.c).
     """
-    data = counts.encode("ascii", "replace") if isinstance(counts, str) else counts
+    try:
+        data = counts.encode("ascii") if isinstance(counts, str) else counts
+    except UnicodeEncodeError as error:
+        raise RegionError(f"rle: counts: not COCO's compressed form at character {error.start}") from None
     runs: list[int] = []
     value = shift = 0
     for position, byte in enumerate(data):

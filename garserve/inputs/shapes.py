@@ -11,7 +11,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from garserve.errors import ImageError, RegionError
-from garserve.inputs.images import load_mask
+from garserve.inputs.images import decoded, load_mask
 from garserve.inputs.rle import decode_rle
 
 Box = tuple[float, float, float, float]
@@ -19,6 +19,8 @@ Mask = NDArray[np.bool_]
 
 # Coordinates may pass the image's edge by this much before it counts as a mistake: data sets round their boxes.
 _EDGE_TOLERANCE = 1.0
+# Pixels of a stroke that are looked at together: four float64 for each are held meanwhile.
+_STROKE_BLOCK = 1 << 20
 
 
 class Shape(Protocol):
@@ -41,7 +43,7 @@ class MaskShape:
 
     def draw(self, height: int, width: int) -> Mask:
         """Draw on an image of this size; RegionError where it does not fit."""
-        mask = self._array()
+        mask = self.array()
         if mask.shape != (height, width):
             raise RegionError(
                 f"{self.kind}: expected the image's size {width}x{height} (width x height), "
@@ -49,7 +51,8 @@ class MaskShape:
             )
         return mask
 
-    def _array(self) -> Mask:
+    def array(self) -> Mask:
+        """Return the mask bool [H, W] at its own size; RegionError where it is none."""
         source = self.source
         if isinstance(source, str | os.PathLike):
             try:
@@ -57,7 +60,7 @@ class MaskShape:
             except ImageError as error:
                 raise RegionError(f"{self.kind}: {error}") from None
         if isinstance(source, Image.Image):
-            return _mask_of_image(source)
+            return _mask_of_image(decoded(source))
         array = np.asarray(source)
         if array.ndim == 3 and 1 in (array.shape[0], array.shape[2]):
             array = array.squeeze(0 if array.shape[0] == 1 else 2)
@@ -71,7 +74,9 @@ class MaskShape:
 
 
 def _mask_of_image(image: Image.Image) -> Mask:
-    if image.mode in ("RGBA", "LA"):
+    if image.mode == "P" and (marked := _mask_of_palette(image)) is not None:
+        return marked
+    if image.mode in ("RGBA", "LA", "PA"):
         alpha = np.asarray(image.getchannel("A"))
         if not (alpha == 255).all():
             return np.asarray(alpha != 0)
@@ -82,6 +87,21 @@ def _mask_of_image(image: Image.Image) -> Mask:
             raise RegionError("mask: expected a grey, black-and-white or palette picture, got a coloured one")
         array = array[..., 0]
     return np.asarray(array != 0)
+
+
+def _mask_of_palette(image: Image.Image) -> Mask | None:
+    """What is not transparent, or not black; None where index 0 is outside, as in pictures of labels.
+
+    A palette may have its colours in any order: it was made to hold them, not to say what is inside.
+    """
+    if "transparency" in image.info:
+        alpha = np.asarray(image.convert("RGBA").getchannel("A"))
+        if not (alpha == 255).all():
+            return np.asarray(alpha != 0)
+    colours = np.asarray(image.getpalette("RGB") or (), dtype=np.uint8).reshape(-1, 3)
+    black = np.flatnonzero(~colours.any(axis=1))
+    outside = np.isin(np.asarray(image), black)
+    return ~outside if len(colours) and colours[0].any() and outside.any() else None
 
 
 @dataclass(frozen=True)
@@ -97,6 +117,8 @@ class BoxShape:
         x1, y1, x2, y2 = self.box
         if x2 <= x1 or y2 <= y1:
             raise RegionError(f"{self.kind}: expected x1 < x2 and y1 < y2, got {list(self.box)}")
+        if min(self.box) >= 0 and max(self.box) <= 1 and any(edge % 1 for edge in self.box):
+            raise RegionError(f"{self.kind}: expected pixels, got {list(self.box)}, which look like fractions")
         outside = x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0
         slack = 0 if outside else _EDGE_TOLERANCE
         beyond = x1 < -slack or y1 < -slack or x2 > width + slack or y2 > height + slack
@@ -177,7 +199,10 @@ class StrokeShape:
         x0, x1 = max(math.floor(left - reach), 0), min(math.ceil(right + reach) + 1, width)
         y0, y1 = max(math.floor(top - reach), 0), min(math.ceil(bottom + reach) + 1, height)
         x = np.arange(x0, x1)[None, :] + 0.5 - start[0]
-        y = np.arange(y0, y1)[:, None] + 0.5 - start[1]
         dx, dy = end[0] - start[0], end[1] - start[1]
-        along = np.clip((x * dx + y * dy) / max(dx * dx + dy * dy, 1e-12), 0.0, 1.0)
-        mask[y0:y1, x0:x1] |= (x - along * dx) ** 2 + (y - along * dy) ** 2 <= reach * reach
+        rows = max(_STROKE_BLOCK // max(x1 - x0, 1), 1)
+        for upper in range(y0, y1, rows):
+            lower = min(upper + rows, y1)
+            y = np.arange(upper, lower)[:, None] + 0.5 - start[1]
+            along = np.clip((x * dx + y * dy) / max(dx * dx + dy * dy, 1e-12), 0.0, 1.0)
+            mask[upper:lower, x0:x1] |= (x - along * dx) ** 2 + (y - along * dy) ** 2 <= reach * reach

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from garserve.errors import OnnxError
+from garserve.errors import OnnxError, first_line
 from garserve.model.device import has_gpu
 from garserve.model.onnx_file import ModelInfo, model_path, read_info, require
 from garserve.model.patch_tokens import unpack
@@ -98,8 +98,8 @@ class OnnxVision:
         try:
             self.session.run_with_iobinding(binding)
         except Exception as error:  # pybind's classes of ONNX Runtime's error codes
-            first = str(error).strip().splitlines()[0]
-            raise OnnxError(f"vision model on {self.provider}: {len(tiles)} tiles failed ({first:.300})") from None
+            why = first_line(error)
+            raise OnnxError(f"vision model on {self.provider}: {len(tiles)} tiles failed ({why:.300})") from None
         binding.synchronize_outputs()
         return out
 
@@ -123,8 +123,7 @@ def _open(runtime: Any, path: Path, provider: str, device: torch.device, threads
     try:
         session = runtime.InferenceSession(str(path), options, providers=[(provider, place)])
     except Exception as error:  # pybind's classes of ONNX Runtime's error codes
-        first = str(error).strip().splitlines()[0]
-        raise OnnxError(f"{path}: refused by ONNX Runtime on {provider} ({first:.300})") from None
+        raise OnnxError(f"{path}: refused by ONNX Runtime on {provider} ({first_line(error):.300})") from None
     if provider not in session.get_providers():  # ONNX Runtime falls back to the CPU in silence
         raise OnnxError(f"{path}: {provider} is installed but does not start here; got {session.get_providers()}")
     return session

@@ -47,17 +47,19 @@ class ReferenceBackend:
         self._batch_size = batch_size
         self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._closed = False
+        self._lock = threading.Lock()  # nothing is queued behind the end
         self._thread = threading.Thread(target=self._run, name="garserve-reference", daemon=True)
         self._thread.start()
 
     def submit(self, prepared: PreparedRequest, sampling: Sampling, on_report: OnReport) -> Callable[[], None]:
         """Queue a request; reports come from the backend's thread. Returns a function that cancels it."""
-        if self._closed:
-            raise GarserveError("the engine is closed")
         if sampling.temperature > 0:
             raise RequestError(f"temperature: the reference decodes greedily (0), got {sampling.temperature}")
         cancelled = threading.Event()
-        self._inbox.put((prepared, sampling, on_report, cancelled))
+        with self._lock:
+            if self._closed:
+                raise GarserveError("the engine is closed")
+            self._inbox.put((prepared, sampling, on_report, cancelled))
         return cancelled.set
 
     def tile_counts(self) -> TileCounts:
@@ -70,8 +72,9 @@ class ReferenceBackend:
 
     def close(self) -> None:
         """End the thread after the requests that wait."""
-        self._closed = True
-        self._inbox.put(None)
+        with self._lock:
+            self._closed = True
+            self._inbox.put(None)
         self._thread.join()
 
     def _run(self) -> None:

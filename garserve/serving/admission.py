@@ -1,6 +1,8 @@
 """How many requests may be in work, and whether new ones are taken at all."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from garserve.serving import metrics
 from garserve.serving.errors import APIError
@@ -54,3 +56,27 @@ class Admission:
         except TimeoutError:
             return False
         return True
+
+
+class PixelBudget:
+    """Room for so many pixels of decoded images; belongs to one event loop. A file of 6 kB may hold 50 million."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.held = 0
+        self._turn = asyncio.Lock()  # who has waited longest has it
+        self._freed = asyncio.Event()
+
+    @asynccontextmanager
+    async def room(self, pixels: int) -> AsyncIterator[None]:
+        """Hold room for so many pixels, when it is there; an image larger than all of it has it alone."""
+        async with self._turn:
+            while self.held and self.held + pixels > self.limit:
+                self._freed.clear()
+                await self._freed.wait()
+            self.held += pixels
+        try:
+            yield
+        finally:
+            self.held -= pixels
+            self._freed.set()

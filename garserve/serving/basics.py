@@ -1,4 +1,4 @@
-"""/health, /ready and /v1/models: what asks nothing of the engine."""
+"""/health, /ready, /v1/models and one model of them: what asks nothing of the engine."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from garserve.serving.routes import Route
-from garserve.serving.service import service
+from garserve.serving.service import Service, service
 
 router = APIRouter(route_class=Route)
 _UNWELL: dict[int | str, dict[str, Any]] = {503: {"description": "No requests should come."}}
@@ -30,6 +30,18 @@ async def ready(request: Request) -> Response:
 async def models(request: Request) -> Response:
     """List what is served, in OpenAI's form; vLLM's own list names the folder on the server's disk."""
     own = service(request)
-    entry = {"object": "model", "created": own.started, "owned_by": "garserve", "max_model_len": own.max_model_len}
+    return JSONResponse({"object": "list", "data": [_entry(own, name) for name in own.model_names]})
+
+
+@router.get("/v1/models/{name:path}")
+async def model(request: Request, name: str) -> Response:
+    """Tell of one model that is served."""
+    own = service(request)
+    own.check_model(name)
+    return JSONResponse(_entry(own, name))
+
+
+def _entry(own: Service, name: str) -> dict[str, Any]:
+    entry: dict[str, Any] = {"id": name, "object": "model", "created": own.started, "owned_by": "garserve"}
     entry["prompts"] = own.prompt_count  # regions that one question can name
-    return JSONResponse({"object": "list", "data": [{"id": name, **entry} for name in own.model_names]})
+    return {**entry, "max_model_len": own.max_model_len}

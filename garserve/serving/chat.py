@@ -85,10 +85,10 @@ async def _prepare(own: Service, body: ChatRequest) -> PreparedRequest:
     image, given, fields = _conversation(own, body)
     if given is not None:
         check_count(given, own.prompt_count)
-    picture = await own.preparer.picture(image.image_url.url, alpha=given is None)
-    regions = own.preparer.regions(given, picture, own.prompt_count)
-    prepared = await own.preparer.run(own.preparer.prepare, picture, regions, **fields)
-    own.check_length(len(prepared.token_ids))
+    async with own.preparer.picture(image.image_url.url, alpha=given is None) as picture:
+        regions = own.preparer.regions(given, picture, own.prompt_count)
+        prepared = await own.preparer.run(own.preparer.prepare, picture, regions, **fields)
+    own.check_length(len(prepared.token_ids), "messages")
     return prepared
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response
 
 from garserve.errors import InputError
 from garserve.generation import Sampling
+from garserve.inputs.processor import PreparedRequest
 from garserve.inputs.regions import Region
 from garserve.serving import metrics
 from garserve.serving.answering import DONE, as_api_error, attended, deadline_in, event, read_body, stream_response
@@ -63,13 +64,14 @@ class _Job:
 
     async def begin(self) -> list[dict[str, Any]]:
         """Start, and return the first results, up to one that is no error. Raises APIError where all are errors."""
-        try:
-            picture, regions = await self._open()
-        except Exception as error:  # every kind becomes an answer
-            raise as_api_error(error, self._request) from None
-        note(self._request, regions=len(regions))
-        metrics.regions.labels("describe").inc(len(regions))
-        self._work = asyncio.ensure_future(self._describe_all(picture, regions))
+        async with AsyncExitStack() as stack:
+            try:
+                picture, regions = await self._open(stack)
+            except Exception as error:  # every kind becomes an answer
+                raise as_api_error(error, self._request) from None
+            note(self._request, regions=len(regions))
+            metrics.regions.labels("describe").inc(len(regions))
+            self._work = asyncio.ensure_future(self._describe_all(picture, regions, stack.pop_all()))
         first: list[dict[str, Any]] = []
         try:
             while (result := await self._queue.get()) is not _ENDED:
@@ -121,17 +123,18 @@ class _Job:
                 self._work.cancel()
                 await asyncio.gather(self._work, return_exceptions=True)
 
-    async def _open(self) -> tuple[Picture, list[Region | str]]:
+    async def _open(self, stack: AsyncExitStack) -> tuple[Picture, list[Region | str]]:
         given, most = self._body.regions, self._own.settings.max_regions
         if given is not None:
             check_count(given, most)
-        picture = await self._own.preparer.picture(self._body.image, alpha=given is None)
+        opening = self._own.preparer.picture(self._body.image, alpha=given is None)
+        picture = await stack.enter_async_context(opening)
         return picture, await self._own.preparer.run(self._own.preparer.regions, given, picture, most)
 
-    async def _describe_all(self, picture: Picture, regions: Sequence[Region | str]) -> None:
+    async def _describe_all(self, picture: Picture, regions: Sequence[Region | str], opened: AsyncExitStack) -> None:
         places = asyncio.Semaphore(self._own.settings.describe_in_flight)
         try:
-            async with asyncio.TaskGroup() as group:
+            async with opened, asyncio.TaskGroup() as group:
                 for index, region in enumerate(regions):
                     await places.acquire()
                     task = group.create_task(self._describe(index, picture, region))
@@ -144,15 +147,19 @@ class _Job:
 
     async def _describe(self, index: int, picture: Picture, region: Region | str) -> None:
         own = self._own
-        try:
-            prepared = await own.preparer.run(own.preparer.prepare, picture, [region])
-            own.check_length(len(prepared.token_ids))
-        except (InputError, APIError) as refused:
-            error = as_api_error(refused, self._request).body()["error"]
-            error["message"] = error["message"].replace("regions[0]", f"regions[{index}]")
-            self._queue.put_nowait({"index": index, "error": {**error, "param": f"regions[{index}]"}})
-            return
-        body, tokens = self._body, len(prepared.token_ids)
+        async with own.region_places:
+            try:
+                prepared = await own.preparer.run(own.preparer.prepare, picture, [region])
+                own.check_length(len(prepared.token_ids), "regions[0]")
+            except (InputError, APIError) as refused:
+                error = as_api_error(refused, self._request).body()["error"]
+                error["message"] = error["message"].replace("regions[0]", f"regions[{index}]")
+                self._queue.put_nowait({"index": index, "error": {**error, "param": f"regions[{index}]"}})
+            else:
+                await self._caption(index, prepared)
+
+    async def _caption(self, index: int, prepared: PreparedRequest) -> None:
+        own, body, tokens = self._own, self._body, len(prepared.token_ids)
         room = min(body.max_tokens, own.max_model_len - tokens)
         sampling = sampling_params(Sampling(own.stop_id, room, body.temperature, body.seed, stream=body.stream))
         name = f"{self._id}-{index}"

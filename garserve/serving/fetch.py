@@ -70,6 +70,13 @@ class _CheckedBackend(httpcore.AsyncNetworkBackend):
         )
 
 
+def _joined(url: str, target: str) -> str:
+    try:
+        return urljoin(url, target)
+    except ValueError:
+        raise APIError(400, "image_url: redirected to what is not a URL", code="image_fetch") from None
+
+
 class Fetcher:
     """Fetches images from the listed hosts."""
 
@@ -97,7 +104,7 @@ class Fetcher:
                     answer = await self._get(pool, self._checked(url))
                     if isinstance(answer, bytes):
                         return answer
-                    url = urljoin(url, answer)
+                    url = _joined(url, answer)
         except TimeoutError:
             message = f"image_url: not there within {self._seconds:g} seconds"
             raise APIError(400, message, code="image_fetch") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from garserve.checkpoint import Checkpoint
-from garserve.errors import GarserveError, RequestError
+from garserve.errors import GarserveError, RequestError, first_line
 from garserve.export.choice import choose_vision
 from garserve.model.tile_cache import DEFAULT_GB, TileCache
 from garserve.serving.settings import KEY_VARIABLES, Settings
@@ -82,7 +82,7 @@ def _arguments(launch: Launch, opened: Checkpoint, vision: Any) -> Namespace:
         "generation_config": "vllm",  # what a request does not say is garserve's choice, not a file's
         "host": launch.host,
         "port": launch.port,
-        "served_model_name": [launch.model_name or Path(launch.checkpoint).name],
+        "served_model_name": [launch.model_name or Path(launch.checkpoint).name or opened.folder.resolve().name],
         "api_server_count": launch.api_workers,
         "shutdown_timeout": int(launch.settings.drain_seconds),
         "disable_uvicorn_access_log": True,
@@ -120,6 +120,5 @@ def _run(arguments: Namespace) -> int:
     except GarserveError:
         raise
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise GarserveError(f"vLLM did not serve ({type(error).__name__}: {first})") from error
+        raise GarserveError(f"vLLM did not serve ({type(error).__name__}: {first_line(error)})") from error
     return ENGINE_LOST if lifecycle.engine_lost else 0

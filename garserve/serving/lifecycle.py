@@ -114,8 +114,8 @@ class Lifecycle:
                 counts: dict[str, Any] = (await self._own.engine.collective_rpc("tile_counts"))[0]
             except Exception:
                 logging.getLogger(__name__).debug("no counts of tiles", exc_info=True)
-                return
-            metrics.tiles_requested.set(counts["asked"])
-            metrics.tiles_computed.set(counts["computed"])
-            metrics.tiles_reused.set(counts["asked"] - counts["computed"])
+            else:
+                metrics.tiles_requested.set(counts["asked"])
+                metrics.tiles_computed.set(counts["computed"])
+                metrics.tiles_reused.set(counts["asked"] - counts["computed"])
             await asyncio.sleep(_COUNT_SECONDS)

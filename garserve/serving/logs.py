@@ -32,9 +32,15 @@ class Words(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
-        facts = " ".join(f"{name}={value}" for name, value in getattr(record, "fields", {}).items())
+        facts = " ".join(f"{name}={_printable(value)}" for name, value in getattr(record, "fields", {}).items())
         line = f"{record.levelname.lower()} {record.getMessage()} {facts}".rstrip()
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+def _printable(value: object) -> str:
+    """Return a value as text that stays in its line: a path is what a client sent."""
+    text = str(value)
+    return text if text.isprintable() else repr(text)
 
 
 def set_up(form: str) -> None:

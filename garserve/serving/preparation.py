@@ -3,8 +3,9 @@
 import asyncio
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -13,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from garserve.errors import ImageError, InputError, RequestError
-from garserve.inputs.images import load_image, load_with_alpha
+from garserve.inputs.images import hold_image, image_pixels, load_with_alpha
 from garserve.inputs.processor import PreparedRequest, Processor
 from garserve.inputs.regions import Region
 from garserve.inputs.request import RegionRequest
 from garserve.serving import metrics
+from garserve.serving.admission import PixelBudget
 from garserve.serving.errors import too_large
 from garserve.serving.fetch import Fetcher
 from garserve.serving.files import read_file
@@ -29,7 +31,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded image [H, W, 3], and the region that its alpha channel marks, where it was asked for and is one."""
+    """A decoded image [H, W, 3], read-only, and the region that its alpha marks, where it was asked for and is one."""
 
     pixels: NDArray[np.uint8]
     alpha: Region | None = None
@@ -42,6 +44,7 @@ class Preparer:
         self.processor, self.settings = processor, settings
         threads = settings.prepare_threads or min(max((os.cpu_count() or 2) // 2, 2), 8)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="garserve-prepare")
+        self._budget = PixelBudget(settings.max_pixels_in_work)
         self._fetcher = fetcher
         if fetcher is None and settings.image_hosts:
             self._fetcher = Fetcher(
@@ -57,11 +60,19 @@ class Preparer:
         finally:
             metrics.waiting.dec()
 
-    async def picture(self, url: str, *, alpha: bool = False) -> Picture:
-        """Read and decode an image; `alpha` asks for the region that its alpha channel marks.
+    @asynccontextmanager
+    async def picture(self, url: str, *, alpha: bool = False) -> AsyncIterator[Picture]:
+        """Read and decode an image, and have room for it meanwhile; `alpha` asks for the region that its alpha marks.
 
-        Raises APIError or ImageError where it may not or cannot be read, before decoding where it is too large.
+        Waits where too many pixels are in work. Raises APIError or ImageError where the image may not or cannot be
+        read, before decoding where it is too large.
         """
+        source = await self._source(url)
+        pixels = await self.run(image_pixels, source, max_pixels=self.settings.max_pixels)
+        async with self._budget.room(pixels):
+            yield await self.run(_decode, source, alpha, self.settings.max_pixels)
+
+    async def _source(self, url: str) -> str | bytes:
         source: str | bytes = url
         scheme, colon, _ = url[:8].partition(":")
         scheme = scheme.lower() if colon else ""
@@ -78,7 +89,7 @@ class Preparer:
             source = await self.run(read_file, url, self.settings.image_folder, self.settings.max_image_bytes)
         else:
             raise ImageError(f"image_url: expected data:…, http(s):// or file://, got {url!r:.60}")
-        return await self.run(_decode, source, alpha, self.settings.max_pixels)
+        return source
 
     def regions(self, given: Sequence[Any] | None, picture: Picture, most: int) -> list[Region | str]:
         """Return the regions of a request, or the alpha channel's one where none are given.
@@ -116,8 +127,9 @@ def check_count(given: Sequence[Any], most: int) -> None:
 
 def _decode(source: str | bytes, alpha: bool, max_pixels: int) -> Picture:
     if not alpha:
-        return Picture(load_image(source, max_pixels=max_pixels))
+        return Picture(hold_image(source, max_pixels=max_pixels))
     pixels, mask = load_with_alpha(source, max_pixels=max_pixels)
+    pixels.setflags(write=False)  # it is not hashed again for each region
     return Picture(pixels, None if mask is None else Region.from_mask(mask))
 
 

@@ -116,9 +116,9 @@ async def refine_region(raw_request: Request) -> Response:
 async def _refine(own: Service, body: RefineRequest) -> dict[str, Any]:
     try:
         (region,) = parse_regions([body.region], own.settings.max_points)
-        picture = await own.preparer.picture(body.image)
-        loop = asyncio.get_running_loop()
-        return {"region": await loop.run_in_executor(_threads, refined, picture.pixels, region)}
+        async with own.preparer.picture(body.image) as picture:
+            loop = asyncio.get_running_loop()
+            return {"region": await loop.run_in_executor(_threads, refined, picture.pixels, region)}
     except InputError as error:
         raise type(error)(str(error).replace("regions[0]: ", "region: ", 1)) from None
 

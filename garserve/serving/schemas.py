@@ -72,12 +72,25 @@ class TextPart(Strict):
     text: str
 
 
+_Nothing = Annotated[list[Any], Field(max_length=0)] | None
+
+
 class Message(Strict):
-    """One turn. The picture is in the user's first one."""
+    """One turn. The picture is in the user's first one.
+
+    An answer's message may be sent back as it came: what answers here never hold is taken while it is empty.
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Annotated[ImagePart | TextPart, Field(discriminator="type")]]
     name: str | None = Field(None, description="Taken and ignored.")
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    reasoning: None = None
+    reasoning_content: None = None
+    annotations: _Nothing = None
+    tool_calls: _Nothing = None
 
     def text(self) -> str:
         """Return all its text."""

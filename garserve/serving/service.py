@@ -1,5 +1,6 @@
 """What the routes share: settings, preparation, the engine, and the state of the server's life."""
 
+import asyncio
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,11 @@ class Service:
     max_model_len: int
     seeds: bool = True  # whether the engine survives requests with seeds of their own
     started: int = field(default_factory=lambda: int(time.time()))
+    region_places: asyncio.Semaphore = field(init=False)  # of all descriptions together
+
+    def __post_init__(self) -> None:
+        """Make what settings bound."""
+        self.region_places = asyncio.Semaphore(self.settings.regions_in_flight)
 
     @property
     def prompt_count(self) -> int:
@@ -53,14 +59,14 @@ class Service:
         if seed is not None and temperature and not self.seeds:
             raise APIError(400, "seed: vLLM's CPU build takes none with a temperature above 0", param="seed")
 
-    def check_length(self, tokens: int) -> None:
-        """Raise a 400 for a prompt that leaves no room for an answer."""
+    def check_length(self, tokens: int, field: str) -> None:
+        """Raise a 400 that names the field for a prompt that leaves no room for an answer."""
         if tokens >= self.max_model_len:
             raise APIError(
                 400,
-                f"messages: {tokens} tokens with the image; expected fewer than {self.max_model_len}",
+                f"{field}: {tokens} tokens with the image; expected fewer than {self.max_model_len}",
                 code="context_length_exceeded",
-                param="messages",
+                param=field,
             )
 
 

@@ -20,6 +20,7 @@ class Settings:
     max_body_bytes: int = 32 * _MIB
     max_image_bytes: int = 20 * _MIB
     max_pixels: int = 50_000_000
+    max_pixels_in_work: int = 400_000_000  # of all decoded images together, three bytes each; others wait
     max_regions: int = 256  # of a description; a chat takes as many as the checkpoint has prompts
     max_points: int = 10_000  # of one region: vertices of polygons, points, runs of an RLE are 32 times as many
     max_queue: int = 256  # requests in work or waiting
@@ -33,6 +34,7 @@ class Settings:
     image_folder: Path | None = None  # file:// images; None: none
     prepare_threads: int = 0  # 0: half of the cores, 2 to 8
     describe_in_flight: int = 16  # regions of one description in the engine at a time
+    regions_in_flight: int = 512  # of all descriptions; each has its own copy of its image's tiles
     log_format: str = "json"
 
     @classmethod
@@ -53,7 +55,7 @@ class Settings:
 
 def keys_of_environment() -> tuple[str, ...]:
     """Return the API keys of the environment, where a process list does not show them."""
-    return tuple(os.environ[name] for name in KEY_VARIABLES if os.environ.get(name))
+    return tuple(key for name in KEY_VARIABLES if (key := os.environ.get(name, "").strip()))
 
 
 def _read(name: str, text: str, default: Any) -> Any:

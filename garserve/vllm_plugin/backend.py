@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from garserve.checkpoint import Checkpoint
-from garserve.errors import GarserveError, RequestError
+from garserve.errors import GarserveError, RequestError, first_line
 from garserve.generation import OnReport, Sampling
 from garserve.inputs.processor import PreparedRequest
 from garserve.model.tile_cache import DEFAULT_GB, TileCache, TileCounts
@@ -75,8 +75,7 @@ class VLLMBackend:
             self._release_process()
             if not isinstance(error, Exception):
                 raise
-            first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-            raise GarserveError(f"vLLM did not start ({type(error).__name__}: {first})") from error
+            raise GarserveError(f"vLLM did not start ({type(error).__name__}: {first_line(error)})") from error
 
     def _claim_process(self) -> None:
         """vLLM keeps its process groups in globals: the engine that closes first would take them from the other."""

@@ -1,0 +1,168 @@
+"""What bounds a server's memory, and what it does for pictures only once."""
+
+import asyncio
+import base64
+import io
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from garserve.checkpoint import resolve
+from garserve.config import read_config
+from garserve.errors import ImageError
+from garserve.inputs import processor as processors
+from garserve.inputs.processor import Processor
+
+pytest.importorskip("vllm", reason="vLLM is not installed (pip install garserve[cpu] or garserve[gpu])")
+
+
+@pytest.fixture
+def processor() -> Processor:
+    folder = resolve("tiny")
+    return Processor(folder, read_config(folder))
+
+
+def data_url(width: int, height: int) -> str:
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), "red").save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def test_room_is_given_in_turn_and_never_more_than_there_is() -> None:
+    from garserve.serving.admission import PixelBudget
+
+    async def many() -> None:
+        budget, began, most = PixelBudget(100), [], 0
+        sizes = [60, 30, 90, 10, 500, 10, 100]
+
+        async def one(number: int, size: int) -> None:
+            nonlocal most
+            async with budget.room(size):
+                began.append(number)
+                most = max(most, budget.held if budget.held != 500 else 0)
+                await asyncio.sleep(0.001)
+
+        await asyncio.gather(*(one(number, size) for number, size in enumerate(sizes)))
+        assert began == list(range(len(sizes)))
+        assert most <= 100
+        assert budget.held == 0
+
+    asyncio.run(many())
+
+
+def test_room_is_given_back_by_whoever_leaves_or_gives_up() -> None:
+    from garserve.serving.admission import PixelBudget
+
+    async def some() -> None:
+        budget = PixelBudget(100)
+        with pytest.raises(KeyError):
+            async with budget.room(100):
+                raise KeyError
+        async with budget.room(80):
+            rooms = budget.room(50), budget.room(20)
+            waits, following = (asyncio.ensure_future(room.__aenter__()) for room in rooms)
+            await asyncio.sleep(0)
+            assert not following.done(), "nobody passes those who wait"
+            waits.cancel()
+            await following
+            assert budget.held == 100
+
+    asyncio.run(some())
+
+
+def test_pictures_wait_for_room_before_they_are_decoded(processor: Processor) -> None:
+    from garserve.serving.preparation import Preparer
+    from garserve.serving.settings import Settings
+
+    async def some() -> None:
+        preparer = Preparer(processor, Settings(max_pixels_in_work=5_000, max_pixels=10_000))
+        async with preparer.picture(data_url(50, 60)) as first:
+            assert not first.pixels.flags.writeable
+            opening = preparer.picture(data_url(50, 50))
+            second = asyncio.ensure_future(opening.__aenter__())
+            await asyncio.sleep(0.05)
+            assert not second.done()
+        assert (await second).pixels.shape == (50, 50, 3)
+        with pytest.raises(ImageError, match="101x100 pixels; refused"):
+            async with preparer.picture(data_url(101, 100)):
+                pass
+        assert preparer._budget.held == 2_500
+        await opening.__aexit__(None, None, None)
+        assert preparer._budget.held == 0
+        preparer.close()
+
+    asyncio.run(some())
+
+
+def test_threads_that_want_the_same_tiles_make_them_once(processor: Processor, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = np.random.default_rng(0).integers(0, 255, (300, 200, 3), dtype=np.uint8)
+    made, go, real = [], Event(), processors.tile_image
+
+    def slow(*arguments: Any) -> Any:
+        made.append(1)
+        assert go.wait(30)
+        return real(*arguments)
+
+    monkeypatch.setattr(processors, "tile_image", slow)
+    with ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(processor._tiled, image) for _ in range(4)]
+        go.set()
+        tiles = [one.result() for one in found]
+    assert len(made) == 1
+    assert all(one is tiles[0] for one in tiles)
+
+
+def test_tiles_that_could_not_be_made_are_tried_again(processor: Processor, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = np.zeros((30, 20, 3), np.uint8)
+
+    def no_memory(*_: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(processors, "tile_image", no_memory)
+        for _ in range(2):
+            with pytest.raises(MemoryError):
+                processor._tiled(image)
+    assert len(processor._tiled(image).digests) == len(processor._tiled(image).image.tiles)
+
+
+def test_an_answers_message_may_be_sent_back() -> None:
+    from pydantic import ValidationError
+
+    from garserve.serving.schemas import Message
+
+    nothing = {"refusal": None, "annotations": None, "audio": None, "function_call": None, "tool_calls": []}
+    sent = {"role": "assistant", "content": "red", **nothing, "reasoning": None, "reasoning_content": None}
+    assert Message.model_validate(sent).text() == "red"
+    for field, value in (("refusal", "no"), ("tool_calls", [{}]), ("annotations", [1]), ("reasoning", "hm")):
+        with pytest.raises(ValidationError, match=field):
+            Message.model_validate({**sent, field: value})
+
+
+def test_a_key_may_end_its_line_and_a_blank_one_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    from starlette.datastructures import Headers
+
+    from garserve.serving.errors import APIError
+    from garserve.serving.gate import Keys
+    from garserve.serving.settings import keys_of_environment
+
+    monkeypatch.setenv("GARSERVE_API_KEY", "secret\n")
+    monkeypatch.setenv("VLLM_API_KEY", " ")
+    assert keys_of_environment() == ("secret",)
+    keys = Keys(keys_of_environment())
+    keys.check(Headers({"authorization": "Bearer secret"}))
+    with pytest.raises(APIError):
+        keys.check(Headers({"authorization": "Bearer "}))
+
+
+def test_a_path_cannot_forge_a_line_of_the_log() -> None:
+    from garserve.serving.logs import Words
+
+    record = logging.LogRecord("garserve", logging.INFO, "", 0, "request", None, None)
+    record.fields = {"path": "/a\nerror engine lost", "status": 404}
+    assert Words().format(record) == "info request path='/a\\nerror engine lost' status=404"
