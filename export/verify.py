@@ -11,7 +11,7 @@ from garserve.export.samples import Tiles, photo_tiles, random_tiles, relative_e
 from garserve.export.source import load_encoder
 
 from garserve.checkpoint import Checkpoint
-from garserve.errors import OnnxError
+from garserve.errors import OnnxError, first_line
 from garserve.inputs.roi import replay_roi
 from garserve.model.encoder import RegionEncoder
 from garserve.model.fingerprint import vision_fingerprint
@@ -110,7 +110,7 @@ def _structure(path: Path, info: ModelInfo, checkpoint: Checkpoint) -> Iterator[
         onnx.checker.check_model(str(path), full_check=True)
         yield Check(info.kind, "", "checker and shape inference", True, f"opset {info.opset}")
     except Exception as error:  # several classes of onnx's own
-        yield Check(info.kind, "", "checker and shape inference", False, str(error).splitlines()[0])
+        yield Check(info.kind, "", "checker and shape inference", False, first_line(error))
 
 
 def _axes(value: Any) -> list[int | str]:
