@@ -29,7 +29,7 @@ def report(
 
     if not target.parent.is_dir():
         raise RequestError(f"--output {target}: no such folder: {target.parent}")
-    if target.exists() and target.samefile(output):
+    if target.exists() and output.exists() and target.samefile(output):
         raise RequestError(f"--output {target}: is the input itself")
     if sample is None:
         shown = write_report(output, target, limit=limit, folder=images)

@@ -1,9 +1,11 @@
 """What comes of an output: COCO's JSON with captions, Parquet, a page that a browser shows, contact sheets."""
 
+import io
 import json
 import os
 import re
 import subprocess
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from garserve.batch.contact_sheet import write_contact_sheet
 from garserve.batch.outputs import check_coco, write_coco, write_parquet
 from garserve.batch.prepare import encoded
 from garserve.batch.report import write_report
+from garserve.batch.row_images import RowImages
+from garserve.cli_report import report
 from garserve.demo import REGIONS
 from garserve.engine import Engine
 from garserve.errors import RequestError
@@ -172,6 +176,99 @@ def test_coco_with_captions(mini: Path, tmp_path: Path) -> None:
     assert made == data | {"licenses": [], "categories": []}
     with pytest.raises(RequestError, match="expected annotations in COCO's format as the input, got jsonl"):
         check_coco(tmp_path / "in.jsonl", None, target)
+
+
+def test_captions_go_to_the_annotation_that_was_answered_of_those_with_one_id(tmp_path: Path) -> None:
+    box = {"bbox": [1, 1, 20, 20]}
+    annotations = [{"id": 7, "image_id": 2, **box}, {"id": 7, "image_id": 1, **box}, {"image_id": 1, **box}]
+    images = [{"id": number, "file_name": f"{number}.png"} for number in (1, 2)]
+    source, out, target = (tmp_path / name for name in ("c.json", "out.jsonl", "captions.json"))
+    answered = [
+        {"id": 7, "text": "the one of image 1", "place": "annotation 2"},  # images come in their order
+        {"id": "annotation-3", "text": "without an id", "place": "annotation 3"},
+        {"id": "annotation-1", "error": "id: 7 came up before in this input", "place": "annotation 1"},
+    ]
+    write_rows(out, answered)
+
+    def captions(order: list[int]) -> list[str | None]:
+        chosen = [annotations[i] for i in order]
+        source.write_text(json.dumps({"images": images, "annotations": chosen}))
+        count = write_coco(source, out, target)
+        found = [one.get("caption") for one in json.loads(target.read_text())["annotations"]]
+        assert count == sum(one is not None for one in found)
+        return found
+
+    assert captions([0, 1, 2]) == [None, "the one of image 1", "without an id"]
+    assert captions([1]) == ["the one of image 1"]  # it stood elsewhere when it was answered
+
+
+def picture_bytes(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (value, value, value)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def shown(images: RowImages, name: Path | str) -> int | None:
+    """Return the value that a picture of one colour has everywhere."""
+    pixels = images.read(str(name))
+    return None if pixels is None else int(pixels[0, 0, 0])
+
+
+def test_pictures_in_a_tar_are_found_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as shard:
+        for number in range(20):
+            content = picture_bytes(number)
+            info = tarfile.TarInfo(f"x/{number}.png")
+            info.size = len(content)
+            shard.addfile(info, io.BytesIO(content))
+    opened, real = [], tarfile.open
+    monkeypatch.setattr(tarfile, "open", lambda *one, **more: opened.append(one) or real(*one, **more))
+    images = RowImages()
+    assert [shown(images, f"{path}::x/{number}.png") for number in range(20)] == list(range(20))
+    assert shown(images, f"{path}::x/gone.png") is None
+    assert len(opened) == 1
+    path.write_bytes(path.read_bytes()[:-12_000])  # cut off: what can be read is shown
+    assert shown(RowImages(), f"{path}::x/0.png") == 0
+    assert shown(RowImages(), f"{tmp_path / 'gone.tar'}::x/0.png") is None
+
+
+def test_pictures_in_parquet_are_read_a_row_group_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed (pip install garserve[parquet])")
+    import pyarrow.parquet as parquet
+
+    path = tmp_path / "a.parquet"
+    images = [{"bytes": picture_bytes(number), "path": None} for number in range(20)]
+    parquet.write_table(arrow.table({"image": images}), path, row_group_size=7)
+    read, real = [], parquet.ParquetFile.read_row_group
+
+    def counting(self: Any, group: int, **more: Any) -> Any:
+        read.append(group)
+        return real(self, group, **more)
+
+    monkeypatch.setattr(parquet.ParquetFile, "read_row_group", counting)
+    rows_of = RowImages()
+    assert [shown(rows_of, f"{path}::{number}") for number in range(20)] == list(range(20))
+    assert read == [0, 1, 2]
+    for number in (20, -1, "x"):
+        assert shown(rows_of, f"{path}::{number}") is None
+
+
+def test_pictures_that_were_moved_are_found_by_as_much_of_their_path_as_there_is(tmp_path: Path) -> None:
+    for number, name in enumerate(("train/1.png", "val/1.png", "2.png")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(picture_bytes(number))
+    images = RowImages(tmp_path)
+    names = ("/gone/train/1.png", "/gone/set/val/1.png", "val/1.png", "/gone/val/2.png", "/gone/3.png")
+    assert [shown(images, name) for name in names] == [0, 1, 1, 2, None]
+
+
+def test_a_report_of_an_output_that_is_gone(tmp_path: Path) -> None:
+    target = tmp_path / "old.html"
+    target.touch()
+    with pytest.raises(RequestError, match=r"gone\.jsonl: cannot be read"):
+        report(tmp_path / "gone.jsonl", target)
+    assert target.read_text() == ""
 
 
 def test_parquet_of_an_output(mini: Path, tmp_path: Path) -> None:

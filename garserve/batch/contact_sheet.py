@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from garserve.batch.journal import read_rows
-from garserve.batch.row_images import row_image, row_masks, thumbnail
+from garserve.batch.row_images import RowImages, row_masks, thumbnail
 from garserve.errors import GarserveError, RequestError
 from garserve.pictures import COLOURS
 
@@ -30,8 +30,9 @@ def write_contact_sheet(output: Path, target: Path, count: int, *, seed: int = 0
     down = -(-len(chosen) // across)
     width, height = _SIDE + _GAP, _SIDE + _TEXT + _GAP
     sheet = Image.new("RGB", (across * width + _GAP, down * height + _GAP), "white")
+    images = RowImages(folder)
     for number, row in enumerate(chosen):
-        field = _field(row, folder)
+        field = _field(row, images)
         sheet.paste(field, (_GAP + number % across * width, _GAP + number // across * height))
     try:
         sheet.save(target, "PNG")
@@ -51,10 +52,10 @@ def _sample(output: Path, count: int, chance: random.Random) -> list[dict[str, A
     return [row for _, row in sorted(kept, key=lambda pair: pair[0])]
 
 
-def _field(row: dict[str, Any], folder: Path | None) -> Image.Image:
+def _field(row: dict[str, Any], images: RowImages) -> Image.Image:
     field = Image.new("RGB", (_SIDE, _SIDE + _TEXT), "white")
     name = row.get("image")
-    image = row_image(name, folder) if isinstance(name, str) else None
+    image = images.read(name) if isinstance(name, str) else None
     if image is not None:
         field.paste(_tinted(thumbnail(image, _SIDE), row), (0, 0))
     pen = ImageDraw.Draw(field)

@@ -1,7 +1,9 @@
 """Which records of an input a job answers."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any
@@ -55,6 +57,18 @@ class Filters:
     limit: int | None = None
     shard: Shard | None = None
 
+    def __post_init__(self) -> None:
+        for option, area in {"--min-area": self.min_area, "--max-area": self.max_area}.items():
+            if area is not None and math.isnan(area):
+                raise RequestError(f"{option}: expected a number of pixels, got {area}")
+
+    def check_categories(self, known: frozenset[str], path: Path) -> None:
+        """Check that an input has every category that is asked for; RequestError names one that it has not."""
+        for name in sorted(self.categories - known):
+            near = get_close_matches(name, known, n=1)
+            meant = f", did you mean {near[0]!r}?" if near else f"; it has {len(known)} others"
+            raise RequestError(f"--category: {name!r:.80} is no category of {path}{meant}")
+
     def of(self, records: Iterator[Record], folders: Sequence[Path] = ()) -> Iterator[Record]:
         """Yield the records that pass; of the first `limit` of them, those of the shard.
 
@@ -103,6 +117,13 @@ def _below(name: str, folders: Sequence[Path]) -> str:
 
 def region_area(region: Any) -> float:
     """Return a region's area in pixels without its image; RequestError where that cannot be known."""
+    area = _measured(region)
+    if not math.isfinite(area):
+        raise RequestError(f"area: cannot be measured for the region {region!r:.80}")
+    return area
+
+
+def _measured(region: Any) -> float:
     try:
         if isinstance(region, dict) and ("rle" in region or "counts" in region):
             return _rle_area(region.get("rle", region))
@@ -113,7 +134,7 @@ def region_area(region: Any) -> float:
             return float(region["xywh"][2]) * float(region["xywh"][3])
         if isinstance(region, dict) and "polygon" in region:
             return _polygon_area(region["polygon"])
-    except (TypeError, ValueError, LookupError, OverflowError, RegionError):
+    except (TypeError, ValueError, LookupError, OverflowError, RegionError, RecursionError):
         raise RequestError(f"area: cannot be measured for the region {region!r:.80}") from None
     raise RequestError(f"area: not known for a region like {region!r:.60}; filter by area needs RLE, polygon or box")
 

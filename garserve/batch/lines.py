@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from garserve.batch.record import Id, Record
 from garserve.batch.request_line import refusal
-from garserve.batch.source import Reading
+from garserve.batch.source import Reading, check_input
 from garserve.errors import InputError
 
 
@@ -27,7 +27,8 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any, str | None]]:
 
 
 def count_lines(path: Path) -> int:
-    """Count the lines that are not blank."""
+    """Count the lines that are not blank; RequestError where the file is a pipe, which counting would use up."""
+    check_input(path)
     with path.open("rb") as file:
         return sum(1 for line in file if line.strip())
 
@@ -46,7 +47,7 @@ def record_or_error(read: Callable[[], Record], place: str, key: Id | None) -> R
         return Record(place, key, error=str(refusal(error)))
     except InputError as error:
         return Record(place, key, error=str(error))
-    except (TypeError, LookupError, ArithmeticError, ValueError) as error:  # values of a kind that no field takes
+    except (TypeError, LookupError, ArithmeticError, ValueError, RecursionError) as error:  # no field takes such values
         return Record(place, key, error=f"cannot be used ({type(error).__name__}: {error})")
 
 

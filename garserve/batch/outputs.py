@@ -10,7 +10,7 @@ from typing import Any
 
 from garserve.batch.journal import read_rows
 from garserve.batch.record import id_text
-from garserve.batch.source import Format
+from garserve.batch.source import Format, check_input
 from garserve.batch.source_coco import items
 from garserve.batch.source_parquet import parquet_module
 from garserve.batch.sources import detect
@@ -23,7 +23,12 @@ _TEXTS = ("text", "error", "finish_reason", "form", "image", "category", "questi
 
 
 def check_apart(**files: Path | None) -> None:
-    """Check that no two files of a job are the same one; RequestError names the two options."""
+    """Check that no two files of a job are the same one, and that none would be read as part of the input.
+
+    RequestError names the options. Folders are read whole, and what a job writes there would be input the next time.
+    """
+    source = files.get("input")
+    found = _read_whole(source) if source is not None else ()
     known: dict[str, str] = {}
     for name, path in files.items():
         if path is None:
@@ -31,12 +36,30 @@ def check_apart(**files: Path | None) -> None:
         option = f"--{name.replace('_', '-')}"
         if (first := known.setdefault(os.path.realpath(path), option)) != option:
             raise RequestError(f"{option} {path}: is the same file as {first}")
+        if source is not None and path.suffix in found and _inside(path, source):
+            raise RequestError(f"{option} {path}: the input is every {path.suffix} in this folder; choose another")
+
+
+def _read_whole(source: Path) -> tuple[str, ...]:
+    """Return the suffixes of files that would be read, or change how it is read, if they were put into an input."""
+    if not source.is_dir():
+        return ()
+    try:
+        annotated = detect(source) is Format.sa1b
+    except RequestError:  # it is refused where it is opened
+        annotated = False
+    return (".tar", ".parquet", ".json") if annotated else (".tar", ".parquet")
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    return os.path.realpath(path.parent) == os.path.realpath(folder)
 
 
 def check_coco(source: Path, form: Format | None, target: Path, *, each_region: bool = False) -> None:
     """Check that an input can become COCO's JSON with captions, and that this can be written; RequestError if not."""
     if each_region:
         raise RequestError("--coco: an annotation has one caption; expected it without --each-region")
+    check_input(source)
     found = form or detect(source)
     if found not in (Format.coco, Format.dlc_bench):
         raise RequestError(f"--coco: expected annotations in COCO's format as the input, got {found}")
@@ -54,19 +77,7 @@ def write_coco(source: Path, output: Path, target: Path) -> int:
 
     Of the top level, "info", "licenses", "images", "annotations" and "categories" are kept.
     """
-    captions = sqlite3.connect("")  # SQLite's own temporary file
-    captions.execute("CREATE TABLE captions (id TEXT PRIMARY KEY, text TEXT) WITHOUT ROWID")
-    rows = ((id_text(row["id"]), json.dumps(row["text"])) for row in read_rows(output) if "text" in row)
-    captions.executemany("INSERT OR REPLACE INTO captions VALUES (?, ?)", rows)
-    count = 0
-
-    def with_captions() -> Iterator[dict[str, Any]]:
-        nonlocal count
-        for number, one in enumerate(items(source, "annotations.item"), start=1):
-            key = id_text(one["id"] if isinstance(one.get("id"), str | int) else f"annotation-{number}")
-            found = captions.execute("SELECT text FROM captions WHERE id = ?", (key,)).fetchone()
-            count += found is not None
-            yield one if found is None else {**one, "caption": json.loads(found[0])}
+    captions = _Captions(source, output)
 
     def write(path: Path) -> None:
         with path.open("w", encoding="utf-8") as file:
@@ -74,14 +85,61 @@ def write_coco(source: Path, output: Path, target: Path) -> int:
             file.write('{"info": ' + json.dumps(info))
             for name in ("licenses", "images", "categories"):
                 _write_array(file.write, name, items(source, f"{name}.item"))
-            _write_array(file.write, "annotations", with_captions())
+            _write_array(file.write, "annotations", captions.annotations())
             file.write("}\n")
 
     try:
         _replace(target, write)
     finally:
         captions.close()
-    return count
+    return captions.count
+
+
+class _Captions:
+    """The texts of an output on disk, and the annotations of COCO's JSON that they belong to.
+
+    Of annotations with one id only the first that was read was answered, and its row says which one that was.
+    """
+
+    def __init__(self, source: Path, output: Path) -> None:
+        self.count = 0
+        self._source = source
+        self._table = sqlite3.connect("")  # SQLite's own temporary file
+        columns = "id TEXT PRIMARY KEY, text TEXT, place TEXT, found INTEGER NOT NULL DEFAULT 0"
+        self._table.execute(f"CREATE TABLE captions ({columns}) WITHOUT ROWID")
+        rows = (
+            (id_text(row["id"]), json.dumps(row["text"]), str(row.get("place")))
+            for row in read_rows(output)
+            if "text" in row
+        )
+        self._table.executemany("INSERT OR REPLACE INTO captions (id, text, place) VALUES (?, ?, ?)", rows)
+
+    def annotations(self) -> Iterator[dict[str, Any]]:
+        """Yield the annotations, those that were answered with their "caption"."""
+        places = ((key, place) for key, place, _ in self._keyed())
+        self._table.executemany("UPDATE captions SET found = 1 WHERE id = ? AND place = ?", places)
+        for key, place, one in self._keyed():
+            text = self._take(key, place)
+            self.count += text is not None
+            yield one if text is None else {**one, "caption": text}
+
+    def _keyed(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        for number, one in enumerate(items(self._source, "annotations.item"), start=1):
+            key = one["id"] if isinstance(one.get("id"), str | int) else f"annotation-{number}"
+            yield id_text(key), f"annotation {number}", one
+
+    def _take(self, key: str, place: str) -> str | None:
+        """Return an annotation's text, once; one that is found at no place any more goes to the first of its id."""
+        which = "FROM captions WHERE id = ? AND (place = ? OR found = 0)"
+        text = self._table.execute(f"SELECT text {which}", (key, place)).fetchone()
+        if text is None:
+            return None
+        self._table.execute(f"DELETE {which}", (key, place))
+        return str(json.loads(text[0]))
+
+    def close(self) -> None:
+        """Drop the table."""
+        self._table.close()
 
 
 def write_parquet(output: Path, target: Path) -> int:
@@ -126,7 +184,7 @@ def _write_array(write: Callable[[str], Any], name: str, elements: Iterator[dict
 def _check_target(option: str, target: Path, source: Path) -> None:
     if not target.parent.is_dir():
         raise RequestError(f"{option} {target}: no such folder: {target.parent}")
-    if target.exists() and (not target.is_file() or target.samefile(source)):
+    if target.exists() and (not target.is_file() or (source.exists() and target.samefile(source))):
         raise RequestError(f"{option} {target}: is {'the input itself' if target.is_file() else 'no regular file'}")
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from garserve.batch.journal import read_rows
-from garserve.batch.row_images import row_image, row_masks, thumbnail
+from garserve.batch.row_images import RowImages, row_masks, thumbnail
 from garserve.errors import GarserveError, RequestError
 from garserve.inputs.shapes import Mask
 from garserve.pictures import COLOURS
@@ -31,7 +31,7 @@ _KEPT = ("id", "text", "error", "category", "question", "form", "finish_reason",
 @dataclass
 class _Page:
     side: int
-    folder: Path | None
+    images: RowImages
     rows: list[dict[str, Any]] = field(default_factory=list)
     pictures: list[str] = field(default_factory=list)  # base64 of JPEGs
     sizes: list[list[int]] = field(default_factory=list)  # width, height
@@ -51,7 +51,7 @@ class _Page:
         self.rows.append(shown)
 
     def _picture(self, name: str) -> int | None:
-        image = row_image(name, self.folder)
+        image = self.images.read(name)
         if image is None:
             return None
         small = thumbnail(image, self.side)
@@ -71,7 +71,7 @@ def write_report(output: Path, target: Path, *, limit: int = 10_000, folder: Pat
     if not names:
         raise RequestError(f"{output}: expected rows of a job, got none")
     side = int(min(_LARGEST, max(_SMALLEST, math.sqrt(_PICTURE_BYTES / _BYTES_A_PIXEL / len(names)))))
-    page = _Page(side, folder)
+    page = _Page(side, RowImages(folder))
     counts: Counter[str] = Counter()
     for number, row in enumerate(read_rows(output)):
         counts["errors" if "error" in row else "answers"] += 1

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from garserve.batch.record import Record
+from garserve.batch.source import check_local
 from garserve.errors import RequestError
 from garserve.inputs.encoded import SUFFIX, EncodedImage
 from garserve.inputs.regions import Region
@@ -49,12 +50,12 @@ class RequestLine(BaseModel):
 
     def request(self, folder: Path, max_tokens: int) -> RegionRequest:
         """Return the line as a request; a relative image or mask path is taken from `folder`."""
-        image: str | Path | EncodedImage = self.image if self.image.startswith("data:") else folder / self.image
+        image: str | Path | EncodedImage = self.image if self._is_data() else folder / self.image
         if isinstance(image, Path) and image.suffix == SUFFIX:
             image = EncodedImage.load(image)
         return RegionRequest(
             image=image,
-            regions=[Region.parse(_located(region, folder)) for region in self.regions],
+            regions=[Region.parse(located_region(region, folder)) for region in self.regions],
             question=self._asked(),
             system=self.system,
             max_tokens=max_tokens if self.max_tokens is None else self.max_tokens,
@@ -68,7 +69,7 @@ class RequestLine(BaseModel):
 
     def record(self, folder: Path, place: str, category: str | None = None) -> Record:
         """Return the line as a record, in which regions are not looked at yet; its paths are taken from `folder`."""
-        image = self.image if self.image.startswith("data:") else os.path.abspath(folder / self.image)
+        image = self.image if self._is_data() else os.path.abspath(folder / self.image)
         options = {name: getattr(self, name) for name in _OPTIONS if name in self.model_fields_set}
         options |= {"question": self._asked()}
         return Record(
@@ -76,10 +77,17 @@ class RequestLine(BaseModel):
             id=self.id,
             image=image,
             image_name="data URL" if image.startswith("data:") else image,
-            regions=tuple(_located(region, folder) for region in self.regions),
+            regions=tuple(located_region(region, folder) for region in self.regions),
             options={name: value for name, value in options.items() if value is not None},
             category=category,
         )
+
+    def _is_data(self) -> bool:
+        """Say whether the image is a data URL rather than a path; RequestError for any other URL."""
+        if self.image.startswith("data:"):
+            return True
+        check_local("image", self.image)
+        return False
 
     def _asked(self) -> str | None:
         if not self.choices:
@@ -90,7 +98,8 @@ class RequestLine(BaseModel):
         return f"Question: {self.question}\nOptions:{options}\nAnswer with the correct option's letter directly."
 
 
-def _located(region: Any, folder: Path) -> Any:
+def located_region(region: Any, folder: Path) -> Any:
+    """Return a region as JSON with its mask's path, where it has one, taken from `folder`."""
     if isinstance(region, dict) and isinstance(region.get("mask"), str) and not region["mask"].startswith("data:"):
         return {**region, "mask": os.path.abspath(folder / region["mask"])}
     return region

@@ -1,6 +1,11 @@
 """The pictures that rows of an output name: files, members of tar shards, rows of Parquet files."""
 
+import os
 import tarfile
+from bisect import bisect_right
+from contextlib import suppress
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +19,75 @@ from garserve.errors import ImageError, InputError
 from garserve.inputs.images import load_image
 from garserve.inputs.shapes import Mask
 
-
-def row_image(name: str, folder: Path | None = None) -> NDArray[np.uint8] | None:
-    """Return a row's picture as RGB uint8 [H, W, 3]; None where it is gone or was never a file.
-
-    `folder` is where pictures lie now, if not where they were.
-    """
-    container, inside, member = name.rpartition("::")
-    path = Path(container if inside else name)
-    if folder is not None:
-        path = folder / path.name
-    try:
-        if not inside:
-            return load_image(path)
-        return load_image(_tar_member(path, member) if path.suffix == ".tar" else _parquet_cell(path, int(member)))
-    except (InputError, ValueError, OSError):
-        return None
+_FILES = 4  # tars, and files of Parquet, of which is kept what they hold
 
 
-def _tar_member(path: Path, name: str) -> bytes:
-    try:
-        with tarfile.open(path, "r:") as shard:
-            file = shard.extractfile(name)
-            return file.read() if file else b""
-    except (tarfile.TarError, KeyError) as error:
-        raise ImageError(f"{path}: {name}: cannot be read ({error})") from None
+class RowImages:
+    """Reads the pictures of rows; what it has seen of a tar or a Parquet file is kept for the rows that follow."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """Take the folder in which pictures lie now, if not where they were."""
+        self._folder = folder
+        self._members = lru_cache(_FILES)(_tar_members)
+        self._parquet = lru_cache(_FILES)(_parquet_file)
+        self._cells = lru_cache(1)(self._row_group)
+
+    def read(self, name: str) -> NDArray[np.uint8] | None:
+        """Return a row's picture as RGB uint8 [H, W, 3]; None where it is gone or was never a file."""
+        container, inside, member = name.rpartition("::")
+        path = Path(container if inside else name)
+        if self._folder is not None:
+            path = _moved(path, self._folder)
+        try:
+            if not inside:
+                return load_image(path)
+            return load_image(self._member(path, member) if path.suffix == ".tar" else self._cell(path, int(member)))
+        except (InputError, ValueError, LookupError, TypeError, OSError, NotImplementedError):
+            return None
+
+    def _member(self, path: Path, name: str) -> bytes:
+        offset, size = self._members(path)[name]
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    def _cell(self, path: Path, number: int) -> bytes:
+        _, ends = self._parquet(path)
+        if not 0 <= number < ends[-1]:
+            raise ImageError(f"{path}: has no row {number}")
+        group = bisect_right(ends, number)
+        start = ends[group - 1] if group else 0
+        cell: Any = self._cells(path, group)[number - start].as_py()
+        return bytes(cell["bytes"] if isinstance(cell, dict) else cell)
+
+    def _row_group(self, path: Path, group: int) -> Any:
+        file, _ = self._parquet(path)
+        return file.read_row_group(group, columns=["image"])["image"]
 
 
-def _parquet_cell(path: Path, number: int) -> bytes:
+def _moved(path: Path, folder: Path) -> Path:
+    """Return where a picture lies in a folder: by as much of the end of its path as the folder has."""
+    parts = path.parts[1:] if path.is_absolute() else path.parts
+    placed = [folder.joinpath(*parts[start:]) for start in range(len(parts))]
+    return next((one for one in placed if os.path.isfile(one)), folder / path.name)
+
+
+def _parquet_file(path: Path) -> tuple[Any, list[int]]:
+    """Return an open Parquet file, and the row at which each of its row groups ends."""
     file = parquet_module().ParquetFile(path)
-    for group in range(file.metadata.num_row_groups):
-        size = file.metadata.row_group(group).num_rows
-        if number < size:
-            cell: Any = file.read_row_group(group, columns=["image"])["image"][number].as_py()
-            return bytes(cell["bytes"] if isinstance(cell, dict) else cell)
-        number -= size
-    raise ImageError(f"{path}: has no row {number}")
+    sizes = (file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups))
+    return file, list(accumulate(sizes))
+
+
+def _tar_members(path: Path) -> dict[str, tuple[int, int]]:
+    """Return where the files of a tar lie, as offset and size in bytes; of a broken one, those that can be read."""
+    found = {}
+    with suppress(tarfile.TarError, OSError, ValueError, ArithmeticError), tarfile.open(path, "r:") as shard:
+        for member in shard:
+            if member.isfile():
+                found[member.name] = (member.offset_data, member.size)
+            shard.members = []  # type: ignore[attr-defined]  # tarfile would keep all that it has seen
+    return found
 
 
 def thumbnail(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:

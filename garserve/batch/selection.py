@@ -34,8 +34,12 @@ class Selection:
         return None if self.split_regions else self.filters.expected(self.source.total)
 
     def bundles(self, ledger: Ledger) -> Iterator[Bundle]:
-        """Yield what is not answered yet; RequestError where the input has another request under an answered id."""
-        records = self.source.records()
+        """Yield what is not answered yet.
+
+        RequestError where the input has no request at all, no category that is asked for, or another request under an
+        answered id.
+        """
+        records = _found(self.source, self.filters)
         if self.split_regions:
             records = each_region(records)
         chosen = self.filters.of(_once(records, ledger), self.folders)
@@ -48,6 +52,20 @@ class Selection:
                 of_image = tuple(record for record, flag in zip(of_image, wanted, strict=True) if flag)
                 wanted = (True,) * len(of_image)
             yield Bundle(of_image, wanted)
+
+
+def _found(source: Source, filters: Filters) -> Iterator[Record]:
+    """Yield a source's records; RequestError where it has none, or no category that the filters ask for."""
+    count = 0
+    try:
+        for count, record in enumerate(source.records(), start=1):
+            if count == 1 and (known := getattr(source, "categories", None)) is not None:
+                filters.check_categories(known, source.path)
+            yield record
+    except OSError as error:
+        raise RequestError(f"input {source.path}: cannot be read ({error.strerror or error})") from None
+    if count == 0:
+        raise RequestError(f"input {source.path}: expected a request, found none; is it of another --format?")
 
 
 def _unchanged(records: Iterator[Record], ledger: Ledger) -> Iterator[Record]:
@@ -64,12 +82,16 @@ def _unchanged(records: Iterator[Record], ledger: Ledger) -> Iterator[Record]:
 
 def _once(records: Iterator[Record], ledger: Ledger) -> Iterator[Record]:
     """Turn a record whose id came up before into an error that is named by its place."""
+    numbers: dict[str, int] = {}  # of a place that is not the only one of its name: the next that may be free
     for record in records:
         if ledger.first_time(record.key):
             yield record
             continue
-        place, again = record.place, 1
+        again = numbers.get(record.place, 1)
+        place = record.place if again == 1 else f"{record.place} again {again}"
         while not ledger.first_time(replace(record, id=None, place=place).key):
             again += 1
             place = f"{record.place} again {again}"
+        if again > 1:
+            numbers[record.place] = again + 1
         yield replace(record, id=None, place=place, error=f"id: {record.key!r:.80} came up before in this input")

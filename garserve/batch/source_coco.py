@@ -4,16 +4,19 @@ The file may be larger than memory. It is parsed as a stream into a temporary ta
 in any order and those of one image belong together.
 """
 
+import codecs
 import json
+import math
+import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ijson
 
 from garserve.batch.record import Record
-from garserve.batch.source import Reading, located
+from garserve.batch.source import Reading, check_local, located
 from garserve.errors import InputError, RequestError
 
 _TABLES = """
@@ -28,6 +31,7 @@ class CocoSource:
     def __init__(self, path: Path, reading: Reading) -> None:
         self.path = path
         self.total: int | None = None
+        self.categories: frozenset[str] | None = None
         self._folders = image_folders(path, reading)
 
     def records(self) -> Iterator[Record]:
@@ -40,8 +44,11 @@ class CocoSource:
                 "SELECT annotations.number, images.name, annotations.data FROM annotations "
                 "LEFT JOIN images ON images.id = annotations.image ORDER BY images.rowid, annotations.number"
             )
+            last, image = None, ""
             for number, name, data in rows:
-                yield self._record(number, name, json.loads(data), categories)
+                if name and name != last:  # annotations come image by image
+                    last, image = name, located(name, self._folders)
+                yield self._record(number, name, image, json.loads(data), categories)
         finally:
             table.close()
 
@@ -51,23 +58,28 @@ class CocoSource:
             "INSERT OR IGNORE INTO images VALUES (?, ?)",
             ((json.dumps(one.get("id")), _file_name(one)) for one in items(self.path, "images.item")),
         )
-        table.executemany(
-            "INSERT INTO annotations VALUES (?, ?, ?)",
-            (
-                (number, json.dumps(one.get("image_id")), json.dumps(one))
-                for number, one in enumerate(items(self.path, "annotations.item"), start=1)
-            ),
-        )
-        table.execute("CREATE INDEX by_image ON annotations (image, number)")
-        return {json.dumps(one.get("id")): str(one.get("name")) for one in items(self.path, "categories.item")}
+        used: set[str] = set()  # ids of categories
 
-    def _record(self, number: int, name: str | None, data: dict[str, Any], categories: dict[str, str]) -> Record:
+        def annotations() -> Iterator[tuple[int, str, str]]:
+            for number, one in enumerate(items(self.path, "annotations.item"), start=1):
+                used.add(json.dumps(one.get("category_id")))
+                yield number, json.dumps(one.get("image_id")), json.dumps(one)
+
+        table.executemany("INSERT INTO annotations VALUES (?, ?, ?)", annotations())
+        table.execute("CREATE INDEX by_image ON annotations (image, number)")
+        names = {json.dumps(one.get("id")): str(one.get("name")) for one in items(self.path, "categories.item")}
+        self.categories = frozenset(names.values()) | {str(json.loads(one)) for one in used - names.keys() - {"null"}}
+        return names
+
+    def _record(
+        self, number: int, name: str | None, image: str, data: dict[str, Any], categories: dict[str, str]
+    ) -> Record:
         place = f"annotation {number}"
         identity = data.get("id") if isinstance(data.get("id"), str | int) else None
         if not name:
             return Record(place, identity, error=f"image_id: no image {data.get('image_id')!r:.80} in {self.path.name}")
-        image = located(name, self._folders)
         try:
+            check_local("file_name", name)
             region = annotation_region(data)
         except InputError as error:
             return Record(place, identity, image_name=image, error=str(error))
@@ -87,10 +99,18 @@ def items(path: Path, prefix: str) -> Iterator[dict[str, Any]]:
     """Yield the objects of a JSON array one by one; RequestError where the file is not JSON."""
     try:
         with path.open("rb") as file:
+            skip_mark(file)
             for one in ijson.items(file, prefix, use_float=True):
                 yield one if isinstance(one, dict) else {}
     except (ijson.JSONError, UnicodeDecodeError) as error:
         raise RequestError(f"input {path}: not JSON ({' '.join(str(error).split())[:120]})") from None
+
+
+def skip_mark(file: BinaryIO) -> None:
+    """Pass a byte order mark, which yajl takes for a syntax error, where one comes next."""
+    start = file.tell()
+    if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+        file.seek(start)
 
 
 def annotation_region(data: dict[str, Any]) -> dict[str, Any]:
@@ -107,19 +127,22 @@ def annotation_region(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def stated_area(data: dict[str, Any]) -> float | None:
-    """Return the area that an annotation states, in pixels."""
+    """Return the area that an annotation states, in pixels; None where that is no number, or none of any use."""
     area = data.get("area")
-    return float(area) if isinstance(area, int | float) else None
+    try:
+        return float(area) if isinstance(area, int | float) and math.isfinite(area) else None
+    except OverflowError:  # hundreds of digits
+        return None
 
 
 def image_folders(path: Path, reading: Reading) -> list[Path]:
-    """Where images of an annotation file may lie: as told, or beside it, in images/, or in COCO's val2017/."""
+    """Where images of an annotation file may lie: as told, or beside it, in images/, in COCO's val2017/, or above."""
     if reading.images is not None:
         return [reading.images]
     split = path.stem.rsplit("_", 1)[-1]
     beside, above = path.parent, path.parent.parent
-    near = [beside, beside / "images", above / split, above / "images" / split, above]
-    return [folder for folder in near if folder.is_dir()]
+    near = [beside, beside / "images", above / split, above / "images" / split, above, above / "images"]
+    return [folder for folder in near if os.path.isdir(folder)]
 
 
 def _file_name(image: dict[str, Any]) -> str | None:

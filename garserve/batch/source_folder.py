@@ -5,6 +5,7 @@ A mask of one value is one region. A palette picture, or a grey one of several v
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,19 +35,21 @@ class FolderSource:
 
     def records(self) -> Iterator[Record]:
         """Yield every region, picture by picture in the order of their names."""
-        for name in sorted(os.listdir(self._images)):
-            image = self._images / name
-            if image.suffix.lower() not in SUFFIXES or not image.is_file():
-                continue
+        names = [name for name in os.listdir(self._images) if os.path.splitext(name)[1].lower() in SUFFIXES]
+        images = [self._images / name for name in sorted(names) if os.path.isfile(self._images / name)]
+        stems = Counter(image.stem for image in images)
+        for image in images:
             mask = self._masks / f"{image.stem}.png"
-            if mask == image:
-                continue  # beside its picture: this is the mask itself
-            yield from self._regions(image, mask)
+            if mask != image:
+                yield from self._regions(image, mask)
+            elif stems[image.stem] == 1:  # otherwise it is the mask of the picture beside it
+                error = "mask: expected a PNG of this name beside a picture of another format, or in masks/ (--masks)"
+                yield Record(image.name, image.stem, image_name=os.path.abspath(image), error=error)
 
     def _regions(self, image: Path, mask: Path) -> Iterator[Record]:
         place, name = image.name, os.path.abspath(image)
         try:
-            if not mask.is_file():
+            if not os.path.isfile(mask):
                 raise RequestError(f"mask: no such file: {mask}")
             values, border = mask_values(mask)
         except InputError as error:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from garserve.batch.lines import LineSource
 from garserve.batch.record import Record
+from garserve.batch.request_line import located_region
 from garserve.errors import RequestError
 
 
@@ -105,7 +106,7 @@ def _record(line: _Line, place: str, folder: Path) -> Record:
         id=line.custom_id,
         image=image,
         image_name="data URL" if image.startswith("data:") else image,
-        regions=tuple(regions),
+        regions=tuple(located_region(region, folder) for region in regions),
         options={name: value for name, value in options.items() if value is not None},
     )
 

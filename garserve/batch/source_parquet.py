@@ -6,12 +6,15 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from garserve.batch.lines import identity, record_or_error
 from garserve.batch.record import Record
+from garserve.batch.request_line import read_line
 from garserve.batch.source import Reading
-from garserve.batch.source_jsonl import line_record
+from garserve.batch.source_jsonl import category
 from garserve.errors import RequestError
 
 _ROWS = 64  # read at a time
@@ -21,26 +24,51 @@ class ParquetSource:
     """One record a row, file by file in the order of their names."""
 
     def __init__(self, path: Path, reading: Reading) -> None:
+        """Count the rows; RequestError where no file can be read."""
         self.path = path
         self._parquet = parquet_module()
         self._paths = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+        if not self._paths:
+            raise RequestError(f"input {path}: expected *.parquet files in the folder, got none")
         self._folder = reading.images or self._paths[0].parent
-        try:
-            rows = sum(self._parquet.ParquetFile(one).metadata.num_rows for one in self._paths)
-        except (OSError, ValueError) as error:
-            raise RequestError(f"input {path}: not Parquet ({error})") from None
+        rows = self._count()
         self.total = None if reading.each_region else rows
 
+    def _count(self) -> int:
+        rows, broken = 0, []
+        for path in self._paths:
+            try:
+                rows += self._opened(path).metadata.num_rows
+            except RequestError as error:
+                broken.append(error)
+        if len(broken) == len(self._paths):
+            raise broken[0]
+        return rows + len(broken)
+
+    def _opened(self, path: Path) -> Any:
+        try:
+            return self._parquet.ParquetFile(path)
+        except Exception as error:  # pyarrow's own, and Python's
+            raise RequestError(f"input {path}: not Parquet, or broken ({error})") from None
+
     def records(self) -> Iterator[Record]:
-        """Yield every row."""
+        """Yield every row; of a file that cannot be read, or not to its end, one error more."""
         for path in self._paths:
             number = 0
-            for batch in self._parquet.ParquetFile(path).iter_batches(batch_size=_ROWS):
-                for row in batch.to_pylist():
-                    yield self._record(row, f"{path.stem} row {number}", f"{path.absolute()}::{number}")
-                    number += 1
+            try:
+                for batch in self._opened(path).iter_batches(batch_size=_ROWS):
+                    for row in batch.to_pylist():
+                        yield self._record(row, f"{path.stem} row {number}", f"{path.absolute()}::{number}")
+                        number += 1
+            except RequestError as error:
+                yield Record(path.name, error=str(error))
+            except Exception as error:  # pyarrow's own, and Python's
+                yield Record(path.name, error=f"input {path}: broken after {number} rows ({error})")
 
     def _record(self, row: dict[str, Any], place: str, name: str) -> Record:
+        return record_or_error(partial(self._read, row, place, name), place, identity(row, "id"))
+
+    def _read(self, row: dict[str, Any], place: str, name: str) -> Record:
         data = {key: value for key, value in row.items() if value is not None}
         image = data.get("image")
         content = image.get("bytes") if isinstance(image, dict) else image
@@ -48,13 +76,8 @@ class ParquetSource:
             data["image"] = image.get("path")
         if isinstance(content, bytes):
             data["image"] = name  # stands in for the bytes while the row is checked
-        if isinstance(data.get("regions"), str):
-            try:
-                data["regions"] = json.loads(data["regions"])
-            except ValueError as error:
-                return Record(place, data.get("id"), error=f"regions: not JSON ({error})")
-        data["regions"] = [_without_none(region) for region in data.get("regions") or []]
-        record = line_record(data, place, self._folder)
+        data["regions"] = _regions(data.get("regions", []))
+        record = read_line(data).record(self._folder, place, category(data))
         return replace(record, image=content, image_name=name) if isinstance(content, bytes) else record
 
 
@@ -65,6 +88,16 @@ def parquet_module() -> Any:
     except ImportError:
         raise RequestError("Parquet needs pyarrow: pip install 'garserve[parquet]'") from None
     return parquet
+
+
+def _regions(value: Any) -> Any:
+    """Return a cell's regions as a list, and what is none as it is, for the line's check to refuse."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"regions: not JSON ({error})") from None
+    return [_without_none(region) for region in value] if isinstance(value, list) else value
 
 
 def _without_none(value: Any) -> Any:

@@ -6,8 +6,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from garserve.batch.record import Record
-from garserve.batch.source import Reading, located
+from garserve.batch.record import ImageRef, Record
+from garserve.batch.source import Reading, check_local, located
 from garserve.batch.source_coco import annotation_region, stated_area
 from garserve.errors import InputError
 
@@ -22,31 +22,45 @@ class Sa1bSource:
 
     def records(self) -> Iterator[Record]:
         """Yield every annotation, file by file in the order of their names."""
-        paths = sorted(self.path.glob("*.json")) if self.path.is_dir() else [self.path]
+        paths = sorted(annotation_files(self.path)) if self.path.is_dir() else [self.path]
         return chain.from_iterable(map(self._file, paths))
 
     def _file(self, path: Path) -> Iterator[Record]:
         try:
             data = json.loads(path.read_bytes())
-            name = data["image"]["file_name"]
+            name = str(data["image"]["file_name"])
             annotations = list(data["annotations"])
+            check_local("file_name", name)
+        except InputError as error:
+            yield Record(path.name, error=f"{path}: {error}")
+            return
         except OSError as error:
             yield Record(path.name, error=f"{path}: cannot be read ({error.strerror})")
             return
         except (ValueError, TypeError, LookupError, RecursionError) as error:
             yield Record(path.name, error=f"{path}: not the JSON of an SA-1B image ({type(error).__name__}: {error})")
             return
-        image = located(str(name), [self._images or path.parent])
-        for number, annotation in enumerate(annotations, start=1):
-            yield _record(annotation, f"{path.stem} annotation {number}", image)
+        image = located(name, [self._images or path.parent])
+        yield from annotation_records(annotations, path.stem, image, image)
 
 
-def _record(annotation: Any, place: str, image: str) -> Record:
+def annotation_files(folder: Path) -> Iterator[Path]:
+    """Yield the JSON files of a folder, in no order, but what a job left there about its output."""
+    return (path for path in folder.glob("*.json") if not path.name.endswith(".job.json"))
+
+
+def annotation_records(annotations: list[Any], place: str, image: ImageRef, name: str) -> Iterator[Record]:
+    """Yield a record for each annotation of an image, which rows call `name`; `place` is where the image stands."""
+    for number, annotation in enumerate(annotations, start=1):
+        yield _record(annotation, f"{place} annotation {number}", image, name)
+
+
+def _record(annotation: Any, place: str, image: ImageRef, name: str) -> Record:
     if not isinstance(annotation, dict):
-        return Record(place, image_name=image, error=f"annotation: expected an object, got {annotation!r:.80}")
+        return Record(place, image_name=name, error=f"annotation: expected an object, got {annotation!r:.80}")
     identity = annotation.get("id") if isinstance(annotation.get("id"), str | int) else None
     try:
         region = annotation_region(annotation)
     except InputError as error:
-        return Record(place, identity, image_name=image, error=str(error))
-    return Record(place, identity, image, image, (region,), area=stated_area(annotation))
+        return Record(place, identity, image_name=name, error=str(error))
+    return Record(place, identity, image, name, (region,), area=stated_area(annotation))

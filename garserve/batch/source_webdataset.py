@@ -1,7 +1,7 @@
 """WebDataset: tar shards in which files of one name belong together: the image, and NAME.json with its request.
 
 NAME.json is a line of a requests file without "image"; with NAME.mask.png in place of "regions", it may be left out.
-Shards are plain tar files, so that an image can be read where it lies.
+It may also be what SA-1B says about an image. Shards are plain tar files, so that an image can be read where it lies.
 """
 
 import base64
@@ -11,14 +11,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from garserve.batch.record import Member, Record
 from garserve.batch.source import Reading
 from garserve.batch.source_folder import SUFFIXES
 from garserve.batch.source_jsonl import line_record
+from garserve.batch.source_sa1b import annotation_records
 
 _MASK = ".mask.png"
+_BLOCK = tarfile.BLOCKSIZE
+_MAGIC = 257  # the byte of a header at which it calls itself one
 
 
 class WebDatasetSource:
@@ -37,20 +40,42 @@ class WebDatasetSource:
 def _shard(path: Path) -> Iterator[Record]:
     try:
         with tarfile.open(path, "r:") as shard:
-            files = (member for member in shard if member.isfile())
+            files = (member for member in shard if member.isfile() and _sample_name(member))
             for name, members in groupby(files, key=_sample_name):
-                yield _sample(shard, path, name, list(members))
+                yield from _sample(shard, path, name, list(members))
                 shard.members = []  # type: ignore[attr-defined]  # tarfile would keep all that it has seen
-    except (tarfile.TarError, OSError) as error:
+            with path.open("rb") as file:
+                _check_end(file, shard.offset)
+    except (tarfile.TarError, OSError, ValueError, ArithmeticError, LookupError) as error:
         yield Record(path.name, error=f"{path}: not a plain tar file, or broken ({error})")
 
 
+def _check_end(file: BinaryIO, end: int) -> None:
+    """Check that a tar ends at byte `end`, where tarfile found no header; TarError where it does not.
+
+    tarfile takes a header that is damaged for the end. Two blocks of zeros are one; a file that simply stops there is
+    let pass, because some writers leave them out.
+    """
+    file.seek(end)
+    for zeros in (file.read(_BLOCK), file.read(_BLOCK)):
+        if zeros.strip(b"\0"):
+            raise tarfile.ReadError(f"no header and no end at byte {end}")
+    while piece := file.read(_BLOCK << 11):
+        if any(piece.startswith(b"ustar", start) for start in range(_MAGIC, len(piece), _BLOCK)):
+            raise tarfile.ReadError(f"more members after an end at byte {end}")
+
+
 def _sample_name(member: tarfile.TarInfo) -> str:
-    folder, _, name = member.name.rpartition("/")
-    return f"{folder}/{name.split('.', 1)[0]}" if folder else name.split(".", 1)[0]
+    """Return what the names of a sample's files have in common, up to the first dot behind the folder.
+
+    "" for a file of no sample: one without a dot, or whose name begins with one.
+    """
+    folder, slash, name = member.name.rpartition("/")
+    stem, dot, _ = name.partition(".")
+    return folder + slash + stem if stem and dot else ""
 
 
-def _sample(shard: tarfile.TarFile, path: Path, name: str, members: list[tarfile.TarInfo]) -> Record:
+def _sample(shard: tarfile.TarFile, path: Path, name: str, members: list[tarfile.TarInfo]) -> Iterator[Record]:
     place = f"{path.stem}/{name}"
     image, data = None, {}
     for member in members:
@@ -59,19 +84,33 @@ def _sample(shard: tarfile.TarFile, path: Path, name: str, members: list[tarfile
             try:
                 data = json.loads(_content(shard, member))
             except (ValueError, RecursionError) as error:
-                return Record(place, place, error=f"{member.name}: not JSON ({error})")
+                yield Record(place, place, error=f"{member.name}: not JSON ({error})")
+                return
         elif suffix == _MASK:
             mask = "data:image/png;base64," + base64.b64encode(_content(shard, member)).decode()
             data = {"regions": [{"mask": mask}]} | data if isinstance(data, dict) else data
         elif suffix in SUFFIXES:
-            image = member
+            image = Member(str(path.absolute()), member.offset_data, member.size, member.name)
     if image is None:
-        return Record(place, place, error=f"expected an image among {[member.name for member in members]!r:.120}")
-    return _record(data, place, Member(str(path.absolute()), image.offset_data, image.size, image.name))
+        yield Record(place, place, error=f"expected an image among {[member.name for member in members]!r:.120}")
+    elif _is_sa1b(data):
+        yield from annotation_records(data["annotations"], place, image, f"{image.path}::{image.name}")
+    else:
+        yield _record(data, place, image)
+
+
+def _is_sa1b(data: Any) -> bool:
+    return (
+        isinstance(data, dict)
+        and "regions" not in data
+        and isinstance(data.get("image"), dict)
+        and isinstance(data.get("annotations"), list)
+    )
 
 
 def _record(data: Any, place: str, image: Member) -> Record:
-    line = {"id": place, **data, "image": image.name} if isinstance(data, dict) else data
+    # A name of its own stands in for the member's, which may look like a URL, while the line is checked.
+    line = {"id": place, **data, "image": "member"} if isinstance(data, dict) else data
     record = line_record(line, place, Path())
     return replace(record, image=image, image_name=f"{image.path}::{image.name}") if record.error is None else record
 
