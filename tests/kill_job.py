@@ -15,6 +15,8 @@ from garserve.batch.run import run_job
 from garserve.model import reference_backend as reference_backend  # imported once, for all children
 from tests.batch_data import plan_of
 
+PATIENCE = 300.0  # seconds for a child to start and to write its next rows
+
 
 def job(source: Path, output: Path, checkpoint: Path) -> None:
     """Answer what is left, with the reference."""
@@ -34,6 +36,19 @@ def lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+def wait_for_rows(child: int, output: Path, aim: int) -> None:
+    """Wait until so many rows are there. Raises RuntimeError where the child ends before, or where they never come."""
+    deadline = time.monotonic() + PATIENCE
+    while (found := lines(output)) < aim:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            raise RuntimeError(f"the job ended with {os.waitstatus_to_exitcode(status)}; it has {found} rows of {aim}")
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            raise RuntimeError(f"the job has {found} rows of {aim} after {PATIENCE:g} seconds")
+        time.sleep(0.002)
+
+
 def main(source: Path, output: Path, checkpoint: Path, kills: int, count: int) -> None:
     """Kill so many children at random moments, spread over the job; print how many died, and the rows after each."""
     chance, killed, seen = random.Random(0), 0, []
@@ -42,8 +57,7 @@ def main(source: Path, output: Path, checkpoint: Path, kills: int, count: int) -
         early = chance.random() < 0.3  # while it starts, perhaps before its first row
         aim = before + (0 if early else chance.randint(1, max((count - before) // (kills - kill + 1), 1)))
         child = forked(source, output, checkpoint)
-        while lines(output) < aim:
-            time.sleep(0.002)
+        wait_for_rows(child, output, aim)
         time.sleep(chance.uniform(0, 0.3 if early else 0.02))
         os.kill(child, signal.SIGKILL)
         killed += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL

@@ -5,7 +5,9 @@ from pathlib import Path
 from tests.browser import Page
 from tests.conftest import PHOTO
 
-DONE = "document.querySelectorAll('.answer[data-state=done]').length === {}"
+# An answer may be shown as done before its stream has ended; until then the page takes no other question.
+IDLE = "document.getElementById('send').dataset.busy === 'false'"
+DONE = f"document.querySelectorAll('.answer[data-state=done]').length === {{}} && {IDLE}"
 
 
 def show(page: Page, path: Path = PHOTO) -> None:

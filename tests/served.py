@@ -39,7 +39,8 @@ class Served:
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, cwd="/")
         self.url = f"http://127.0.0.1:{self.port}"
-        self.http = httpx.Client(base_url=self.url, timeout=60)
+        # The server closes a connection that nobody used for 5 seconds: none is taken that may be closed meanwhile.
+        self.http = httpx.Client(base_url=self.url, timeout=60, limits=httpx.Limits(keepalive_expiry=2))
 
     def wait_until_ready(self, seconds: float = 400) -> "Served":
         deadline = time.monotonic() + seconds
@@ -69,7 +70,7 @@ class Served:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         try:
-            return self.process.wait(timeout=60)
+            return self.process.wait(timeout=120)
         finally:
             self.process.kill()
             self.http.close()

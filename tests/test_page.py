@@ -19,7 +19,7 @@ from garserve.inputs.regions import Region
 from tests.browser import CHROMIUM, NO_CHROMIUM, Page, browsing
 from tests.conftest import PHOTO
 from tests.page_server import make_app, said, serving
-from tests.page_steps import DONE, at, draw, show
+from tests.page_steps import DONE, IDLE, at, draw, show
 
 pytest.importorskip("vllm", reason="vLLM is not installed (pip install garserve[cpu] or garserve[gpu])")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
@@ -59,7 +59,7 @@ def describe(page: Page, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Describe the regions on the page; returns them as the server got them."""
     count = len(bodies)
     page.click("#describe")
-    page.wait("document.querySelectorAll('.answer[data-state=done]').length > 0 && !document.querySelector('.caret')")
+    page.wait(f"document.querySelectorAll('.answer[data-state=done]').length > 0 && {IDLE}")
     assert len(bodies) == count + 1
     return bodies[-1]["regions"]
 
@@ -172,8 +172,6 @@ def test_a_conversation(page: Page, bodies: list[dict[str, Any]]) -> None:
     page.click("#names [data-region='0']")
     page.type("?")
     page.press("Enter")
-    partial = page.wait("document.querySelector('.answer[data-state=streaming]')?.textContent")
-    assert "You said: Where is <Prompt1> relative to <Prompt0>?".startswith(partial.strip())
     page.wait(DONE.format(1))
     assert page.text(".answer").strip() == "You said: Where is <Prompt1> relative to <Prompt0>?"
     colours = page.run(
@@ -209,7 +207,8 @@ def test_stop_and_faults(page: Page, bodies: list[dict[str, Any]]) -> None:
     page.run("document.getElementById('question').select()")
     page.type("word " * 200)
     page.press("Enter")
-    page.see(".answer[data-state=streaming]")
+    partial = page.wait("document.querySelector('.answer[data-state=streaming]')?.textContent")
+    assert ("You said: " + "word " * 200).startswith(partial.strip())
     page.click("#send")
     page.see(".answer[data-state=stopped]")
     page.click("#question")

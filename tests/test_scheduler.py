@@ -1,5 +1,7 @@
 """Requests about one image that are asked together find its tokens in the prefix cache, however full a step is."""
 
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +10,7 @@ import pytest
 
 import garserve
 from garserve.bench.workload import Workload, make_workload
+from garserve.inputs.request import RegionRequest
 
 pytest.importorskip("vllm", reason="vLLM is not installed (pip install garserve[cpu] or garserve[gpu])")
 pytestmark = pytest.mark.vllm
@@ -21,9 +24,20 @@ def _groups() -> Workload:
 
 
 def _answers(**options: Any) -> list[garserve.Answer]:
+    """Answer all questions. The engine is held until all are there, however slowly they are made."""
     options |= {"dtype": "float32", "block_size": BLOCK}
+    all_there, asked = threading.Event(), _groups().requests
+
+    def requests() -> Iterator[RegionRequest]:
+        try:
+            yield from asked
+        finally:
+            all_there.set()
+
     with garserve.load("tiny", "vllm", max_num_batched_tokens=128, **options) as engine:
-        return list(engine.describe_many(_groups().requests))
+        driver = engine.backend.driver  # type: ignore[attr-defined]
+        driver._send(lambda: all_there.wait(600))
+        return list(engine.describe_many(requests(), in_flight=len(asked) + 1))
 
 
 def test_all_of_a_group_but_its_first_share_the_image() -> None:

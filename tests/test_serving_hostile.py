@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ import pytest
 
 from garserve.engine import Engine
 from tests.conftest import PHOTO
-from tests.hostile import CHAT, cases
+from tests.hostile import CHAT, DESCRIBE, cases
 from tests.served import QUESTION, REGIONS, Served, chat_body
 
 pytest.importorskip("vllm", reason="vLLM is not installed (pip install garserve[cpu] or garserve[gpu])")
 pytestmark = pytest.mark.vllm
 
 SECOND = 1.0
+TRIES = 3  # of which the fastest counts: a busy machine may stop anybody for a second
+BODY_SECONDS = 3  # of the `server` fixture
 INSIDE = ("Traceback", 'File "', "site-packages", "garserve/", "0x7f", "python3")
 
 
@@ -37,10 +40,16 @@ def refused(response: httpx.Response, status: int, words: str, seconds: float) -
 
 
 def timed(server: Served, path: str, body: Any) -> tuple[httpx.Response, float]:
+    """Return an answer, and the seconds of the fastest try."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    start = time.perf_counter()
-    response = server.http.post(path, content=data, headers={"Content-Type": "application/json"})
-    return response, time.perf_counter() - start
+    spent: list[float] = []
+    while len(spent) < TRIES:
+        start = time.perf_counter()
+        response = server.http.post(path, content=data, headers={"Content-Type": "application/json"})
+        spent.append(time.perf_counter() - start)
+        if spent[-1] < SECOND:
+            break
+    return response, min(spent)
 
 
 def test_hostile_requests(server: Served, tiny_reference: Engine) -> None:
@@ -59,10 +68,11 @@ def test_hostile_requests(server: Served, tiny_reference: Engine) -> None:
     assert answer["choices"][0]["message"]["content"] == expected
 
 
-def talk(server: Served, data: bytes, *, wait: float = 3.0) -> bytes:
-    """Send bytes as they are and return what comes back until the server closes, or `wait` seconds have gone."""
+def talk(server: Served, data: bytes, *, wait: float = 30.0) -> bytes:
+    """Send bytes as they are and return what comes back until the server closes, or is silent for `wait` seconds."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=wait) as connection:
-        connection.sendall(data)
+        with contextlib.suppress(ConnectionError):  # a server that takes no more has answered already
+            connection.sendall(data)
         back = b""
         with contextlib.suppress(TimeoutError, ConnectionError):
             while piece := connection.recv(65536):
@@ -91,11 +101,17 @@ HEAD = b"POST /v1/regions/describe HTTP/1.1\r\nHost: a\r\nContent-Type: applicat
     ids=["slow", "long", "two lengths", "negative", "bad chunk", "long chunks", "nonsense", "method", "path"],
 )
 def test_hostile_bytes(server: Served, data: bytes, status: bytes) -> None:
-    start = time.perf_counter()
-    back = talk(server, data)
-    assert time.perf_counter() - start < SECOND + 0.3
-    assert back.startswith(b"HTTP/1.1 " + status), back[:200]
-    assert server.http.get("/health").status_code == 200
+    limit = SECOND + 0.3 + BODY_SECONDS * (status == b"408")
+    spent: list[float] = []
+    while len(spent) < TRIES:
+        start = time.perf_counter()
+        back = talk(server, data)
+        spent.append(time.perf_counter() - start)
+        assert back.startswith(b"HTTP/1.1 " + status), back[:200]
+        assert server.http.get("/health").status_code == 200
+        if spent[-1] < limit:
+            break
+    assert min(spent) < limit
 
 
 def test_other_content_types_and_origins(server: Served) -> None:
@@ -104,6 +120,23 @@ def test_other_content_types_and_origins(server: Served) -> None:
     assert form.status_code == 415
     asked = server.http.options(CHAT, headers={"Origin": "https://evil", "Access-Control-Request-Method": "POST"})
     assert "access-control-allow-origin" not in asked.headers
+
+
+def probed(server: Served, body: Any) -> tuple[list[float], float]:
+    """Ask for two descriptions at once; returns the seconds of each look at /health meanwhile, and of all together."""
+    with ThreadPoolExecutor(2) as pool:
+        start = time.perf_counter()
+        asked = [pool.submit(httpx.post, server.url + DESCRIBE, json=body, timeout=60) for _ in range(2)]
+        probes = []
+        while not all(one.done() for one in asked):
+            begun = time.perf_counter()
+            assert server.http.get("/health").status_code == 200
+            probes.append(time.perf_counter() - begun)
+            time.sleep(0.01)
+        spent = time.perf_counter() - start
+    answers = [one.result() for one in asked]
+    assert [answer.status_code for answer in answers] == [200] * 2, answers[0].text
+    return probes, spent
 
 
 def test_health_answers_while_large_images_are_decoded(server: Served) -> None:
@@ -119,26 +152,12 @@ def test_health_answers_while_large_images_are_decoded(server: Served) -> None:
     noise = np.random.default_rng(3).integers(0, 255, (600, 600, 3), dtype=np.uint8)
     Image.fromarray(noise).resize((5000, 5000)).save(file, "JPEG", quality=30)
     body = {"image": data_url(file.getvalue()), "regions": [{"box": [0, 0, 3000, 3000]}], "max_tokens": 1}
-    answers: list[Any] = []
-
-    def ask() -> None:
-        answers.append(httpx.post(f"{server.url}/v1/regions/describe", json=body, timeout=60))
-
-    threads = [threading.Thread(target=ask) for _ in range(2)]
-    start = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    probes = []
-    while any(thread.is_alive() for thread in threads):
-        begun = time.perf_counter()
-        assert server.http.get("/health").status_code == 200
-        probes.append(time.perf_counter() - begun)
-        time.sleep(0.01)
-    spent = time.perf_counter() - start
-    assert [answer.status_code for answer in answers] == [200] * 2, answers[0].text
-    assert len(probes) > 10
-    assert max(probes) < spent / 2, f"slowest probe {max(probes):.2f} s of {spent:.2f} s"
-    assert sorted(probes)[len(probes) // 2] < 0.1
+    for _ in range(TRIES):
+        probes, spent = probed(server, body)
+        middle, slowest = sorted(probes)[len(probes) // 2], max(probes)
+        if free := len(probes) > 10 and middle < spent / 10 and slowest < spent / 2:
+            break
+    assert free, f"{len(probes)} probes, {middle:.3f} s in the middle, {slowest:.3f} s the slowest, of {spent:.2f} s"
 
 
 class _Redirector(BaseHTTPRequestHandler):
@@ -171,6 +190,7 @@ def redirector() -> Iterator[int]:
         "/private": f"http://private.test:{port}/photo",
         "/file": "file:///etc/passwd",
         "/self": "/self",
+        "/broken": "http://[",
         "/once": "/photo",
         "/rebound": f"http://rebound.test:{port}/photo",
     }
@@ -188,20 +208,20 @@ def test_fetching_goes_where_it_may(redirector: int) -> None:
 
     def resolve(host: str, port: int) -> list[str]:
         looked_up.append(host)
-        if host == "rebound.test":  # public for whoever asks first, inside afterwards
-            return ["93.184.216.34"] if looked_up.count(host) == 1 else ["10.0.0.1"]
+        if host == "rebound.test":  # allowed for whoever asks first, inside afterwards; nobody listens there
+            return ["127.0.0.2"] if looked_up.count(host) == 1 else ["10.0.0.1"]
         return {"good.test": ["127.0.0.1"], "private.test": ["10.0.0.1"], "mixed.test": ["127.0.0.1", "10.0.0.1"]}[host]
 
     hosts = [f"{name}.test:{redirector}" for name in ("good", "private", "mixed", "rebound")]
-    fetch = Fetcher(
-        hosts,
-        max_bytes=200_000,
-        seconds=1,
-        resolve=resolve,
-        allowed=lambda address: address == "127.0.0.1" or is_public(address),
-    )
 
-    def get(path: str, host: str = "good.test") -> Any:
+    def get(path: str, host: str = "good.test", seconds: float = 30) -> Any:
+        fetch = Fetcher(
+            hosts,
+            max_bytes=200_000,
+            seconds=seconds,
+            resolve=resolve,
+            allowed=lambda address: address in ("127.0.0.1", "127.0.0.2") or is_public(address),
+        )
         return asyncio.run(fetch(f"http://{host}:{redirector}{path}"))
 
     assert get("/once") == PHOTO.read_bytes()
@@ -210,18 +230,20 @@ def test_fetching_goes_where_it_may(redirector: int) -> None:
         "/private": "not a public address",
         "/file": "expected http",
         "/self": "more than 3 redirects",
+        "/broken": "redirected to what is not a URL",
         "/no": "status 404",
-        "/slow": "not there within",
     }.items():
         with pytest.raises(APIError, match=words):
             get(path)
+    with pytest.raises(APIError, match="not there within"):
+        get("/slow", seconds=0.3)
     with pytest.raises(APIError, match="not a public address"):
         get("/photo", "mixed.test")
     assert looked_up.count("rebound.test") == 0
-    with pytest.raises(APIError, match=r"cannot be fetched|not there within"):  # one look-up: what was checked is used
+    with pytest.raises(APIError, match="cannot be fetched"):  # one look-up: what was checked is used
         get("/rebound")
     assert looked_up.count("rebound.test") == 1
-    small = Fetcher(hosts, max_bytes=1000, seconds=1, resolve=resolve, allowed=lambda _: True)
+    small = Fetcher(hosts, max_bytes=1000, seconds=30, resolve=resolve, allowed=lambda _: True)
     with pytest.raises(APIError, match="more than 1000 bytes"):
         asyncio.run(small(f"http://good.test:{redirector}/big"))
 

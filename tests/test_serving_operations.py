@@ -25,20 +25,35 @@ pytestmark = pytest.mark.vllm
 KEY = {"Authorization": "Bearer second-key"}
 CHAT, DESCRIBE = "/v1/chat/completions", "/v1/regions/describe"
 IMAGE = data_url()
+REQUEST_SECONDS = 10  # of the `small` fixture: time enough to fill its queue on a slow machine
 
 
 def many(count: int = 250, **fields: Any) -> dict[str, Any]:
-    """A request that keeps the engine busy for seconds: boxes that are all different, and long answers."""
+    """A request that keeps the engine busy on any machine: boxes that are all different, and words at random for each.
+
+    At the highest temperature an answer hardly ever ends before its 300 tokens.
+    """
     boxes = [{"box": [n, n % 300, n + 40, n % 300 + 40]} for n in range(count)]
-    return {"image": IMAGE, "regions": boxes, "max_tokens": 300, "temperature": 1.5, **fields}
+    return {"image": IMAGE, "regions": boxes, "max_tokens": 300, "temperature": 2.0, **fields}
+
+
+def values(server: Served, *names: str) -> list[float]:
+    """The sums of some metrics' samples, all of one moment."""
+    text = server.http.get("/metrics", headers=KEY).text
+    sums = []
+    for name in names:
+        found = re.findall(rf"^{name}(?:{{.*}})? ([0-9.e+-]+)$", text, re.M)
+        assert found, f"no {name} in\n{text[:2000]}"
+        sums.append(sum(map(float, found)))
+    return sums
 
 
 def value(server: Served, name: str) -> float:
-    """The sum of a metric's samples."""
-    text = server.http.get("/metrics", headers=KEY).text
-    found = re.findall(rf"^{name}(?:{{.*}})? ([0-9.e+-]+)$", text, re.M)
-    assert found, f"no {name} in\n{text[:2000]}"
-    return sum(map(float, found))
+    return values(server, name)[0]
+
+
+def engine_idle(server: Served) -> bool:
+    return values(server, "vllm:num_requests_running", "vllm:num_requests_waiting") == [0, 0]
 
 
 def until(true: Callable[[], bool], seconds: float) -> float:
@@ -55,7 +70,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("small")
     keys = folder / "keys"
     keys.write_text("first-key\nsecond-key\n")
-    options = ["--api-key-file", str(keys), "--max-queue", "3", "--request-seconds", "6"]
+    options = ["--api-key-file", str(keys), "--max-queue", "3", "--request-seconds", str(REQUEST_SECONDS)]
     with served(folder, *options) as running:
         yield running
 
@@ -77,7 +92,7 @@ def test_keys(small: Served) -> None:
 def test_request_ids_in_answers_and_in_the_log(small: Served) -> None:
     answer = small.http.post(CHAT, json=chat_body(max_tokens=3), headers={**KEY, "X-Request-Id": "mine-1"})
     assert answer.headers["x-request-id"] == "mine-1"
-    until(lambda: any(line.get("request_id") == "mine-1" for line in small.lines()), 2)
+    until(lambda: any(line.get("request_id") == "mine-1" for line in small.lines()), 20)
     line = next(line for line in small.lines() if line.get("request_id") == "mine-1")
     expected = {"event": "request", "status": 200, "path": CHAT, "method": "POST", "regions": 2, "completion_tokens": 3}
     assert expected.items() <= line.items()
@@ -97,10 +112,11 @@ def test_metrics(small: Served) -> None:
     assert value(small, "garserve:preprocess_seconds_count") > 0
     assert value(small, "vllm:prompt_tokens_total") > 0
     assert value(small, "garserve:queue") == 0
-    until(lambda: value(small, "garserve:tiles_reused") > 0, 8)
-    requested, computed = value(small, "garserve:tiles_requested"), value(small, "garserve:tiles_computed")
+    until(lambda: value(small, "garserve:tiles_reused") > 0, 30)
+    names = [f"garserve:tiles_{name}" for name in ("requested", "computed", "reused")]
+    requested, computed, reused = values(small, *names)
     assert requested > computed > 0
-    assert value(small, "garserve:tiles_reused") == requested - computed
+    assert reused == requested - computed
 
 
 def open_stream(server: Served, stack: contextlib.ExitStack, **fields: Any) -> Iterator[str]:
@@ -123,8 +139,8 @@ def test_a_full_queue_is_429_and_clients_that_go_away_make_room(small: Served) -
         assert small.http.get("/health").status_code == 200
         assert value(small, "vllm:num_requests_running") > 0
         del held
-    until(lambda: value(small, "garserve:requests") == 0, 3)
-    until(lambda: value(small, "vllm:num_requests_running") + value(small, "vllm:num_requests_waiting") == 0, 3)
+    until(lambda: value(small, "garserve:requests") == 0, 30)
+    until(lambda: engine_idle(small), 30)
     assert value(small, "garserve:disconnected_total") == gone + 3
     assert small.http.post(CHAT, json=chat_body(max_tokens=1), headers=KEY).status_code == 200
 
@@ -143,22 +159,27 @@ def test_a_client_that_goes_away_before_a_whole_answer_ends_the_work(
     gone = value(small, "garserve:disconnected_total")
     with pytest.raises(httpx.ReadTimeout):
         small.http.post(path, json=body, headers=KEY, timeout=httpx.Timeout(60, read=patience))
-    until(lambda: value(small, "garserve:disconnected_total") == gone + 1, 3)
-    until(lambda: value(small, "garserve:requests") == 0, 3)
-    until(lambda: value(small, "vllm:num_requests_running") + value(small, "vllm:num_requests_waiting") == 0, 3)
+    until(lambda: value(small, "garserve:disconnected_total") == gone + 1, 30)
+    until(lambda: value(small, "garserve:requests") == 0, 30)
+    until(lambda: engine_idle(small), 30)
 
 
 def test_an_answer_that_takes_too_long(small: Served) -> None:
-    endless = many(temperature=2.0)  # words at random, which hardly ever end: no machine has done with it in time
-    start = time.monotonic()
-    answer = small.http.post(DESCRIBE, json=endless, headers=KEY)
+    def ask() -> tuple[httpx.Response, float]:
+        start = time.monotonic()
+        answer = httpx.post(small.url + DESCRIBE, json=many(), headers=KEY, timeout=60)
+        return answer, time.monotonic() - start
+
+    with ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(ask)
+        with small.http.stream("POST", DESCRIBE, json=many(stream=True), headers=KEY) as response:
+            pieces = events(response)
+        answer, spent = whole.result(60)
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout"), answer.text[:200]
-    assert 6 <= time.monotonic() - start < 9
-    with small.http.stream("POST", DESCRIBE, json={**endless, "stream": True}, headers=KEY) as response:
-        pieces = events(response)
+    assert REQUEST_SECONDS <= spent < 40
     assert pieces[-2]["error"]["code"] == "timeout"
     assert pieces[-1] == "[DONE]"
-    until(lambda: value(small, "vllm:num_requests_running") + value(small, "vllm:num_requests_waiting") == 0, 3)
+    until(lambda: engine_idle(small), 30)
 
 
 class Balancer:
@@ -217,19 +238,26 @@ def test_several_api_processes_over_one_engine_drain_in_order(
 ) -> None:
     """Both processes answer; after SIGTERM, a stream in work comes to its end, new requests do not begin."""
     expected = tiny_reference.ask(PHOTO, REGIONS, QUESTION, max_tokens=64).text
-    with served(tmp_path_factory.mktemp("workers"), "--api-workers", "2", "--drain-seconds", "30") as running:
-        with ThreadPoolExecutor(8) as pool:
-            assert set(pool.map(asked, [running.url] * 16)) == {expected}
-        assert len({line["pid"] for line in running.lines() if line["event"] == "request"}) == 2
-        assert value(running, "garserve:regions_total") == 32
+    with served(tmp_path_factory.mktemp("workers"), "--api-workers", "2", "--drain-seconds", "120") as running:
+        until(lambda: [line["event"] for line in running.lines()].count("ready") == 2, 120)
+        found: list[str] = []
+
+        def both_have_answered() -> bool:
+            with ThreadPoolExecutor(8) as pool:
+                found.extend(pool.map(asked, [running.url] * 16))
+            return len({line["pid"] for line in running.lines() if line["event"] == "request"}) == 2
+
+        until(both_have_answered, 120)
+        assert set(found) == {expected}
+        assert value(running, "garserve:regions_total") == len(REGIONS) * len(found)
         with contextlib.ExitStack() as stack:
-            streams = [open_stream(running, stack, count=30) for _ in range(2)]
+            streams = [open_stream(running, stack, count=30, temperature=1.5) for _ in range(2)]
             running.process.send_signal(signal.SIGTERM)
-            until(lambda: _refuses(running), 5)
+            until(lambda: _refuses(running), 20)
             for lines in streams:
-                found = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
-                assert sum("text" in piece for piece in found) == 30
-        assert running.process.wait(30) == 0, running.log.read_text()[-3000:]
+                pieces = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+                assert sum("text" in piece for piece in pieces) == 30
+        assert running.process.wait(150) == 0, running.log.read_text()[-3000:]
         drained = [line for line in running.lines() if line["event"] == "drained"]
         assert [line["finished"] for line in drained] == [True, True]
 
@@ -247,17 +275,17 @@ def test_a_killed_engine_is_told_to_those_who_wait_and_the_server_ends(small: Se
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as pool:
         lines = open_stream(small, stack)
         waiting = pool.submit(lambda: httpx.post(small.url + DESCRIBE, json=many(), headers=KEY, timeout=60))
-        until(lambda: value(small, "garserve:requests") == 2, 3)
+        until(lambda: value(small, "garserve:requests") == 2, 30)
         killed = time.monotonic()
         os.kill(small.engine_pid(), signal.SIGKILL)
-        until(lambda: not _ready(small), 2)
+        until(lambda: not _ready(small), 10)
         pieces = [line[6:] for line in lines if line.startswith("data: ")]
         assert json.loads(pieces[-2])["error"]["code"] == "engine_dead"
         assert pieces[-1] == "[DONE]"
-        answer = waiting.result(10)
+        answer = waiting.result(60)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
-        assert small.process.wait(10) == 1
-        assert time.monotonic() - killed < 10
+        assert small.process.wait(60) == 1
+        assert time.monotonic() - killed < 60
     assert any(line["event"] == "engine lost" for line in small.lines())
 
 

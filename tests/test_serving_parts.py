@@ -3,6 +3,7 @@
 import asyncio
 import io
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -61,11 +62,16 @@ class Engine:
         return [{"asked": 5, "computed": 3}]
 
 
-def test_ready_only_after_the_warm_up_and_not_without_an_engine(processor: Processor) -> None:
+def test_ready_only_after_the_warm_up_and_not_without_an_engine(
+    processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from garserve.serving import lifecycle as lifecycles
     from garserve.serving.admission import Admission
     from garserve.serving.lifecycle import Lifecycle
     from garserve.serving.preparation import Preparer
     from garserve.serving.settings import Settings
+
+    monkeypatch.setattr(lifecycles, "_LAST_WORDS_SECONDS", 0.2)
 
     async def life() -> None:
         given = Settings(drain_seconds=0.2)
@@ -83,12 +89,12 @@ def test_ready_only_after_the_warm_up_and_not_without_an_engine(processor: Proce
             await asyncio.sleep(0.3)
             assert lifecycle.state_of_health() == (True, "warming up")
             own.engine.let.set()
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 while lifecycle.state_of_health() != (True, None):
                     await asyncio.sleep(0.01)
             own.admission.enter()
             own.engine.errored = True
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 while not server.should_exit:
                     assert lifecycle.state_of_health() == (False, own.admission.closed or "the engine has stopped")
                     await asyncio.sleep(0.01)
@@ -134,7 +140,8 @@ def test_a_description_that_vllm_ends_by_itself_is_no_caption(reason: str, statu
     own = SimpleNamespace(
         preparer=SimpleNamespace(run=run, prepare=None),
         settings=SimpleNamespace(describe_in_flight=2),
-        check_length=lambda count: None,
+        check_length=lambda *given: None,
+        region_places=asyncio.Semaphore(2),
         engine=SimpleNamespace(generate=generate),
         max_model_len=100,
         stop_id=5,
@@ -142,7 +149,7 @@ def test_a_description_that_vllm_ends_by_itself_is_no_caption(reason: str, statu
     )
     body = DescribeRequest(image="data:", regions=[{"box": [0, 0, 1, 1]}])
     job = _Job(own, body, SimpleNamespace(scope={"garserve.request_id": "r"}))  # type: ignore[arg-type]
-    asyncio.run(job._describe_all(None, [None]))  # type: ignore[arg-type, list-item]
+    asyncio.run(job._describe_all(None, [None], AsyncExitStack()))  # type: ignore[arg-type, list-item]
     result = job._queue.get_nowait()
     assert isinstance(result, APIError)
     assert result.status == status

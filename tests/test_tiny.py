@@ -58,7 +58,9 @@ def test_it_tells_the_truth(on_reference: Evaluation) -> None:
 
 
 def test_every_part_is_needed(tiny: Engine) -> None:
-    questions = read_questions(limit=100)
+    """To tell colour and size: without its mask a region is still found where it lies."""
+    questions = [one for one in read_questions() if one.attribute in ("colour", "size")][::8]
+    assert len(questions) > 50
     whole = evaluate(tiny, questions).accuracy().share
     for part in Part:
         with without(part, tiny) as engine:

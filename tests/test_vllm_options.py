@@ -25,19 +25,9 @@ pytest.importorskip("vllm", reason="vLLM is not installed (pip install garserve[
 pytestmark = pytest.mark.vllm
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"max_num_batched_tokens": 64, "max_num_seqs": 8},
-        {"enable_prefix_caching": False, "max_num_seqs": 2},
-    ],
-    ids=["chunked prefill of 64 tokens", "no prefix cache"],
-)
-def test_equal_under_other_engine_options(
-    mini: Path, reference: Engine, picture: np.ndarray, options: dict[str, Any]
-) -> None:
+def test_equal_with_chunked_prefill_of_64_tokens(mini: Path, reference: Engine, picture: np.ndarray) -> None:
     requests = mixed_requests(picture)
-    with garserve.load(mini, "vllm", **options) as engine:
+    with garserve.load(mini, "vllm", max_num_batched_tokens=64, max_num_seqs=8) as engine:
         assert tokens(engine, requests) == tokens(reference, requests)
 
 
@@ -56,10 +46,14 @@ def test_equal_with_the_engine_in_a_process_of_its_own(mini: Path, reference: En
 
 def _lose_the_process(engine: Engine) -> None:
     """Kill the engine's process while it is asked for something, which is then told so, as is whoever asks next."""
-    (process,) = multiprocessing.active_children()
+    (process,) = [one for one in multiprocessing.active_children() if one.name.startswith("EngineCore")]
     assert process.pid is not None
     assert not Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()  # its worker is in it
     os.kill(process.pid, signal.SIGSTOP)
+    deadline = time.monotonic() + 30
+    while _state(process.pid) != "T":
+        assert time.monotonic() < deadline, "the process goes on"
+        time.sleep(0.01)
     with ThreadPoolExecutor() as pool:
         asked = pool.submit(lambda: engine.tile_counts)
         time.sleep(1)
@@ -67,6 +61,11 @@ def _lose_the_process(engine: Engine) -> None:
         process.kill()
         with pytest.raises(GarserveError, match="its process died"):
             asked.result(30)
+
+
+def _state(pid: int) -> str:
+    """The state of a process's first thread, which steps the engine: T where it is stopped."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def test_a_worker_has_a_process_of_its_own_where_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,14 +119,17 @@ def test_unknown_engine_option(mini: Path) -> None:
         garserve.load(mini, "vllm", max_modle_len=3)
 
 
-@pytest.mark.parametrize("tiles", [0, 20])
+@pytest.mark.parametrize(
+    ("tiles", "prefixes"), [(0, True), (20, False)], ids=["no room", "hardly any room, and no prefix cache"]
+)
 def test_equal_with_no_or_hardly_any_room_for_tiles(
-    mini: Path, reference: Engine, picture: np.ndarray, tiles: int
+    mini: Path, reference: Engine, picture: np.ndarray, tiles: int, prefixes: bool
 ) -> None:
     requests = [*mixed_requests(picture), *reversed(mixed_requests(picture))]
     config = reference.processor.config
     room = (tiles + 0.5 * (tiles > 0)) * config.tokens_per_tile * config.hidden_size * 4 / 1e9
-    with garserve.load(mini, "vllm", tile_cache_gb=room, max_num_seqs=2) as engine:
+    options: dict[str, Any] = {"tile_cache_gb": room, "max_num_seqs": 2, "enable_prefix_caching": prefixes}
+    with garserve.load(mini, "vllm", **options) as engine:
         assert tokens(engine, requests) == tokens(reference, requests)
         counts = engine.tile_counts
     assert counts.computed == counts.misses > 0
