@@ -1,7 +1,8 @@
 """`garserve batch` on the tiny checkpoint: one region at a time, in groups, and by a loop of `describe` calls.
 
 `python benchmarks/batch.py` takes the packaged evaluation's pictures with 20 regions each, whose true attributes are
-computed by tools/train_tiny. No figures are printed where the batch and the loop say different things.
+computed by tools/train_tiny. The loop describes the first regions only (`--loop`, 60 of them), and no figures are
+printed where its texts differ from the batch's.
 """
 
 import json
@@ -24,6 +25,7 @@ from garserve.batch.limits import Limits
 from garserve.batch.prepare import Preparation, encoded
 from garserve.batch.run import Plan, run_job
 from garserve.batch.totals import Totals
+from garserve.bench.runtime import runtime
 from garserve.checkpoint import TINY, resolve
 from garserve.evaluation.questions import PACKAGED
 from garserve.evaluation.score import described
@@ -65,10 +67,14 @@ class Run:
 
 
 def main(
-    pictures: Annotated[int, typer.Option(help="Pictures of 20 regions each.")] = 20,
-    loop: Annotated[int, typer.Option(help="Regions that the loop of describe calls is timed over.")] = 60,
-    block: Annotated[int, typer.Option(help="Tokens of a KV block; what is shared is shared in whole blocks.")] = 32,
-    workers: Annotated[int, typer.Option(help="Processes that prepare.")] = 1,
+    pictures: Annotated[int, typer.Option(min=1, help="Pictures of 20 regions each.")] = 20,
+    loop: Annotated[
+        int, typer.Option(min=1, help="Regions that the loop of describe calls is timed over, and compared on.")
+    ] = 60,
+    block: Annotated[
+        int, typer.Option(min=1, help="Tokens of a KV block; what is shared is shared in whole blocks.")
+    ] = 32,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that prepare.")] = 1,
     save_results: Annotated[bool, typer.Option("--save", help="Write benchmarks/results/.../batch.json.")] = False,
 ) -> None:
     """Run both forms and the loop, and print them side by side."""
@@ -78,13 +84,13 @@ def main(
             name: _batch(data, Path(folder) / f"{name}.jsonl", form, block, workers) for name, form in FORMS.items()
         }
         ids = list(data.truth)[:loop]
-        texts, seconds = _describe_loop(data, ids, block)
+        texts, seconds, tower = _describe_loop(data, ids, block)
         wrong = [one for one, text in texts.items() if runs["group 1"].texts[one] != text]
         if wrong:
             raise SystemExit(
                 f"{len(wrong)} of {len(texts)} texts differ between batch and loop ({wrong[0]}): no figures"
             )
-    figures = {name: _figures(run, data) for name, run in runs.items()}
+    figures: dict[str, Any] = {name: _figures(run, data) for name, run in runs.items()}
     figures["loop of describe"] = {"regions": len(ids), "regions_per_second": round(len(ids) / seconds, 2)}
     figures["GAR-1B, tokens counted"] = _released_shape(runs)
     _print(figures)
@@ -92,11 +98,12 @@ def main(
         conditions = (
             f"tiny checkpoint in vLLM on the CPU, {pictures} pictures of {REGIONS} regions, descriptions, KV blocks of "
             f"{block} tokens, {workers} preparing processes beside the engine; the loop calls Engine.describe for one "
-            f"region at a time. A group's regions lie {GAP} of the picture apart, or only do not overlap (gap 0). "
+            f"region at a time, over the first {len(ids)} regions, whose texts are the batch's. A group's regions lie "
+            f"{GAP} of the picture apart, or only do not overlap (gap 0). "
             f"GAR-1B: prompts of its shape for {REGIONS} regions of a picture of 16 tiles, KV blocks of {_BLOCK} "
             f"tokens, in groups of one size, and in the sizes that the pictures' groups have; nothing run."
         )
-        print(save("batch", figures, conditions))
+        print(save("batch", {"tower": tower} | figures, conditions))
 
 
 def _data(folder: Path, count: int) -> Data:
@@ -144,8 +151,8 @@ def _batch(data: Data, output: Path, form: tuple[int, float], block: int, worker
     return Run(totals, {row["id"]: row["text"] for row in rows}, sizes)
 
 
-def _describe_loop(data: Data, ids: list[str], block: int) -> tuple[dict[str, str], float]:
-    """Describe regions one call at a time."""
+def _describe_loop(data: Data, ids: list[str], block: int) -> tuple[dict[str, str], float, str]:
+    """Describe regions one call at a time, and return the texts, the seconds, and where the tower ran."""
     lines = {line["id"]: line for line in map(json.loads, data.path.read_text().splitlines())}
     texts = {}
     with garserve.load(block_size=block) as engine:
@@ -154,7 +161,7 @@ def _describe_loop(data: Data, ids: list[str], block: int) -> tuple[dict[str, st
         for identity in ids:
             line = lines[identity]
             texts[identity] = engine.describe(line["image"], line["regions"], max_tokens=48)[0].text
-        return texts, time.perf_counter() - start
+        return texts, time.perf_counter() - start, runtime(engine).tower
 
 
 def _figures(run: Run, data: Data) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import matplotlib as mpl
@@ -16,6 +17,7 @@ from matplotlib.figure import Figure
 
 mpl.use("Agg")
 _COLOURS = {"garserve": "#0072b2", "upstream": "#d55e00", "careful batch": "#e69f00"}
+_LABELS = {"garserve": "garserve", "upstream": "authors' algorithm", "careful batch": "the same, in batches"}
 _OURS, _PEERS = "#0072b2", ("#d55e00", "#e69f00", "#999999", "#009e73")
 _STAGES = ("#009e73", "#56b4e9", "#0072b2", "#cc79a7", "#e69f00", "#d55e00", "#f0e442", "#999999", "#000000")
 _SIZE = (5.2, 3.2)
@@ -43,7 +45,7 @@ def main(
         axes = figure.add_subplot()
         draw(axes, content["figures"])
         axes.spines[["top", "right"]].set_visible(False)
-        machine = content["machine"]
+        machine = _machine(content)
         figure.supxlabel(f"{machine['cpu']}, {machine['threads']} threads", fontsize=6, color="#666666")
         for suffix in ("png", "svg"):
             figure.savefig(output / f"{name}.{suffix}", dpi=160, metadata={"Date": None} if suffix == "svg" else None)
@@ -56,6 +58,12 @@ def _own_results() -> Path:
     return folder()
 
 
+def _machine(content: dict[str, Any]) -> dict[str, Any]:
+    """What a file says of the machine: once, or with every entry, which are all of one machine's folder."""
+    found: dict[str, Any] = content.get("machine") or next(iter(content["figures"].values()))["machine"]
+    return found
+
+
 def _regions(axes: Axes, figures: dict[str, Any]) -> None:
     """Regions a second against regions of an image, tiny checkpoint, groups of 1."""
     found: dict[str, dict[int, float]] = {}
@@ -63,10 +71,11 @@ def _regions(axes: Axes, figures: dict[str, Any]) -> None:
         match = re.fullmatch(r"tiny, dense of (\d+), groups of 1", title)
         for name in _COLOURS if match else ():
             if match and name in entry:
-                found.setdefault(name, {})[int(match[1])] = _median(entry[name]["regions/s"])
+                rates = entry[name].get("answers/s") or entry[name]["regions/s"]  # as older files call it
+                found.setdefault(name, {})[int(match[1])] = median(rates)
     for name, points in found.items():
         places = sorted(points)
-        axes.plot(places, [points[place] for place in places], "o-", label=name, color=_COLOURS[name])
+        axes.plot(places, [points[place] for place in places], "o-", label=_LABELS[name], color=_COLOURS[name])
     axes.set(xlabel="regions of an image", ylabel="regions a second", title="End to end, tiny", ylim=(0, None))
     axes.legend(frameon=False)
 
@@ -114,10 +123,6 @@ def _tiles(axes: Axes, figures: dict[str, Any]) -> None:
             axes.plot(sorted(points), [points[place] for place in sorted(points)], style, color=colour, label=label)
     axes.set(xlabel="regions of an image", ylabel="share of all tiles", title="Tiles computed", ylim=(0, 1.05))
     axes.legend(frameon=False, fontsize=7)
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 if __name__ == "__main__":

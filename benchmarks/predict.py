@@ -11,10 +11,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from garserve.bench.cost import H100, decode_bytes, prefill_flops, tile_flops
+from garserve.bench.cost import decode_bytes, prefill_flops, tile_flops
+from garserve.bench.machine import Peaks
 from garserve.config import GARConfig, parse_config
 from garserve.presets import PresetName, preset
 
+H100 = Peaks(flops=989e12, bytes=3.35e12)  # NVIDIA's data sheet: bfloat16 without sparsity, HBM3
 _MODELS: tuple[PresetName, PresetName] = ("GAR-1B", "GAR-8B")
 _HEAD, _TAIL = 60, 65  # tokens of text before a prompt's region and after it
 _GROUP = 5

@@ -27,9 +27,9 @@ from garserve.presets import preset
 
 
 def main(
-    width: Annotated[int, typer.Option()] = 4000,
-    height: Annotated[int, typer.Option()] = 3000,
-    regions: Annotated[int, typer.Option(min=1)] = 20,
+    width: Annotated[int, typer.Option(min=1, help="Width of the photograph in pixels.")] = 4000,
+    height: Annotated[int, typer.Option(min=1, help="Height of the photograph in pixels.")] = 3000,
+    regions: Annotated[int, typer.Option(min=1, help="Regions of each photograph.")] = 20,
     rounds: Annotated[int, typer.Option(min=1, help="Pairs of runs, each on a photograph of its own.")] = 5,
     save_results: Annotated[bool, typer.Option("--save", help="Write benchmarks/results/.../preprocess.json.")] = False,
 ) -> None:

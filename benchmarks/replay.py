@@ -2,8 +2,9 @@
 
 `python benchmarks/replay.py` in an environment that has torchvision (CONTRIBUTING.md, "Benchmarks"): the authors' loop,
 torchvision's roi_align for all regions at once, grid_sample, and the definition compiled by torch (on a CPU that needs
-a C++ compiler). Without torchvision the first two are left out. Nothing is printed where outputs disagree. On a GPU
-also every tuning of the kernel, and how many bytes a second it moves compared with a copy.
+a C++ compiler). Without torchvision the first two are left out. Each allocates its output in the time that counts.
+Nothing is printed where outputs disagree. On a GPU also every tuning of the kernel, and how many bytes a second it
+moves compared with a copy.
 """
 
 import time
@@ -31,6 +32,27 @@ Replay = Callable[[], torch.Tensor]  # [regions, n², C]
 
 
 @dataclass(frozen=True)
+class Writing:
+    """A replay that writes to rows which it is given. Called, it allocates them first, as its peers do."""
+
+    write: Callable[[torch.Tensor], object]
+    like: torch.Tensor  # [rows, C]
+
+    def __call__(self) -> torch.Tensor:
+        """Write to rows that are allocated now."""
+        return self.into(torch.empty_like(self.like))
+
+    def poisoned(self) -> torch.Tensor:
+        """The same into rows of NaN: one that is not written shows."""
+        return self.into(torch.full_like(self.like, torch.nan))
+
+    def into(self, rows: torch.Tensor) -> torch.Tensor:
+        """Write, and return the rows by region: [regions, n², C]."""
+        self.write(rows)
+        return rows.unflatten(0, (-1, SIDE**2))
+
+
+@dataclass(frozen=True)
 class Case:
     """Regions of one image of 16 tiles: features [tiles, n², C], boxes [R, 4] in cells, and the operator's tensors."""
 
@@ -38,7 +60,7 @@ class Case:
     boxes: torch.Tensor
     table: torch.Tensor
     regions: torch.Tensor
-    out: torch.Tensor
+    out: torch.Tensor  # what rows look like that an operator writes; holds no values
 
     @classmethod
     def random(cls, count: int, dtype: torch.dtype, device: torch.device) -> "Case":
@@ -56,10 +78,9 @@ class Case:
             torch.empty(count * SIDE**2, CHANNELS, dtype=dtype, device=device),
         )
 
-    def ours(self) -> torch.Tensor:
+    def ours(self, out: torch.Tensor) -> None:
         """One call of garserve's operator."""
-        roi_replay(self.features, self.table, self.regions, self.boxes, self.out, SIDE)
-        return self.out.unflatten(0, (len(self.boxes), -1))
+        roi_replay(self.features, self.table, self.regions, self.boxes, out, SIDE)
 
     def merged(self) -> torch.Tensor:
         """The features of all tiles as one map [1, C, H, W] of float32, as the authors make it for every region."""
@@ -133,7 +154,7 @@ def main(
     for dtype in (torch.bfloat16, torch.float32):
         for count in regions or [1, 8, 32, 128]:
             case = Case.random(count, dtype, torch.device(device))
-            times = _times(_candidates(case), rounds, LIMITS[dtype], device, case.out)
+            times = _times(_candidates(case), rounds, LIMITS[dtype], device)
             cells = [f"{times['ours']:,.1f}"]
             for peer in peers:
                 cells += [f"{times[peer]:,.1f}", f"{times[peer] / times['ours']:.1f}"]
@@ -146,13 +167,14 @@ def main(
     if save_results:
         conditions = (
             f"milliseconds, medians of {rounds} runs in turns, {GRID[0] * GRID[1]} tiles of {SIDE}² tokens, "
-            f"C = {CHANNELS}, random boxes; outputs within 1e-5 (float32) and 1e-2 (bfloat16) of the largest value"
+            f"C = {CHANNELS}, random boxes; each allocates its output; outputs within 1e-5 (float32) and 1e-2 "
+            "(bfloat16) of the largest value"
         )
         print(save(f"replay_{device}", figures, conditions))
 
 
 def _candidates(case: Case) -> dict[str, Replay]:
-    candidates: dict[str, Replay] = {"ours": case.ours}
+    candidates: dict[str, Replay] = {"ours": Writing(case.ours, case.out)}
     if roi_align is not None:
         candidates["authors' loop"] = lambda: torch.cat([case.align(box[None]) for box in case.boxes])
         candidates["torchvision batched"] = lambda: case.align(case.boxes)
@@ -166,23 +188,19 @@ def _tunings(case: Case) -> dict[str, Replay]:
         return {}
     from garserve.kernels.roi_replay import CANDIDATES, Tuning, roi_replay_triton
 
-    def run(tuning: Tuning) -> torch.Tensor:  # into what the others wrote to; `_times` empties it before it compares
-        roi_replay_triton(case.features, case.table, case.regions, case.boxes, case.out, SIDE, 2, tuning)
-        return case.out.unflatten(0, (len(case.boxes), -1))
+    def tuned(tuning: Tuning) -> Replay:
+        tensors = (case.features, case.table, case.regions, case.boxes)
+        return Writing(lambda out: roi_replay_triton(*tensors, out, SIDE, 2, tuning), case.out)
 
-    return {f"{one.rows}x{one.channels}, {one.warps} warps": lambda one=one: run(one) for one in CANDIDATES}  # type: ignore[misc]
+    return {f"{one.rows}x{one.channels}, {one.warps} warps": tuned(one) for one in CANDIDATES}
 
 
-def _times(
-    candidates: dict[str, Replay], rounds: int, limit: float, device: str, written: torch.Tensor | None = None
-) -> dict[str, float]:
+def _times(candidates: dict[str, Replay], rounds: int, limit: float, device: str) -> dict[str, float]:
     """Return the median milliseconds of each, run in turns. Raises SystemExit where one disagrees with the first."""
     first: torch.Tensor | None = None
     for name, run in candidates.items():
-        if written is not None:
-            written.fill_(torch.nan)
-        output = run().float()
-        first = output.clone() if first is None else first
+        output = (run.poisoned() if isinstance(run, Writing) else run()).float()
+        first = output if first is None else first
         error = float((output - first).abs().max() / first.abs().max())
         if not error <= limit:
             raise SystemExit(

@@ -1,6 +1,7 @@
 """`garserve bench`: how fast a checkpoint is on this machine, and how near to what the machine can do (floor 8)."""
 
 import json
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from random import randrange
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from garserve.bench.kinds import HELP, Kind
 from garserve.checkpoint import TINY, resolve
 from garserve.cli_options import (
     Backend,
@@ -26,25 +28,18 @@ if TYPE_CHECKING:
 
 benchmarks = typer.Typer(no_args_is_help=True)
 
-_Kind = Literal["dense", "five", "questions", "stream"]
-_KindOption = Annotated[
-    _Kind,
-    typer.Option(
-        "--workload",
-        help="dense: 20 regions an image; five: a question about five regions; questions: ten about the same five; "
-        "stream: one region on each image.",
-    ),
-]
-_ImagesOption = Annotated[int, typer.Option(min=1, help="Images.")]
-_SizeOption = Annotated[str, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels of the images.")]
+_KindOption = Annotated[Kind, typer.Option("--workload", help=HELP)]
+_ImagesOption = Annotated[int, typer.Option(min=1, help="Number of images.")]
+_SizeOption = Annotated[str, typer.Option(metavar="WIDTHxHEIGHT", help="Size of the images in pixels.")]
 _RegionsOption = Annotated[
-    Path | None, typer.Option(help='Real masks instead: lines {"image": path, "regions": [...]}.')
+    Path | None,
+    typer.Option(help='File of real masks, in the place of --workload: lines {"image": path, "regions": [...]}.'),
 ]
 _AnswerOption = Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer in tokens.")]
 _GroupOption = Annotated[int, typer.Option(min=1, max=5, help="Regions of a dense image that share one mask.")]
 _RoundsOption = Annotated[int, typer.Option(min=1, help="Runs, of which the median is shown.")]
 _SaveOption = Annotated[Path | None, typer.Option("--save", help="Write the figures here as JSON.")]
-_DtypeOption = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the features.")]
+_DtypeOption = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Dtype of the features.")]
 
 
 @benchmarks.callback()
@@ -92,6 +87,7 @@ def latency(
 
 @benchmarks.command()
 def throughput(
+    context: typer.Context,
     checkpoint: CheckpointOption = TINY,
     workload: _KindOption = "dense",
     images: _ImagesOption = 4,
@@ -99,7 +95,7 @@ def throughput(
     regions: _RegionsOption = None,
     group: _GroupOption = 1,
     max_tokens: _AnswerOption = 64,
-    in_flight: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 64,
+    in_flight: Annotated[int, typer.Option(min=1, help="Most requests at a time.")] = 64,
     max_num_tiles: MaxTilesOption = None,
     backend: Backend = "vllm",
     tile_cache_gb: TileCacheOption = None,
@@ -108,14 +104,15 @@ def throughput(
     save: _SaveOption = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """Answer many requests together: regions, images and tokens a second."""
+    """Answer many requests together: answers, images and tokens a second."""
     from garserve.bench.throughput import throughput as measure_throughput
     from garserve.bench.workload import make_workload, parse_pair, real_workload
 
     _check_targets(save)
     pixels = parse_pair("--size", size)
-    if regions is not None and group > 1:
-        raise RequestError("--group: expected it without --regions, whose regions are asked about one by one")
+    if regions is not None:
+        reason = "without --regions, whose images are taken as they are and whose regions are asked about one by one"
+        _refuse(context, ("workload", "images", "group"), reason)
     if regions is None:
         asked = make_workload(workload, images, pixels, max_tokens=max_tokens, group=group)
     else:
@@ -204,33 +201,49 @@ def vision(
 
 @benchmarks.command()
 def serve(
+    context: typer.Context,
     url: Annotated[str, typer.Argument(help="A running server that speaks OpenAI's chat completions.")],
-    model: Annotated[str, typer.Option(help="Name that the server has for the model.")] = "tiny",
+    model: Annotated[str, typer.Option(help="The model's name on the server.")] = "tiny",
     workload: _KindOption = "dense",
     images: _ImagesOption = 4,
     size: _SizeOption = "640x480",
     rate: Annotated[
-        float | None, typer.Option(min=0.001, help="Requests a second, sent whatever is under way (open loop).")
+        float | None,
+        typer.Option(min=0.001, help="Requests sent a second, however many are unanswered (an open loop)."),
     ] = None,
-    clients: Annotated[int, typer.Option(min=1, help="Clients that send one after the other (closed loop).")] = 8,
-    slo_ttft: Annotated[float | None, typer.Option(min=0, help="Most seconds to a good request's first token.")] = None,
-    slo_itl: Annotated[float | None, typer.Option(min=0, help="Most seconds between its tokens.")] = None,
-    slo_e2e: Annotated[float | None, typer.Option(min=0, help="Most seconds to its end.")] = None,
+    clients: Annotated[
+        int, typer.Option(min=1, help="Clients of a closed loop: each sends its next request after an answer.")
+    ] = 8,
+    slo_ttft: Annotated[
+        float | None, typer.Option(min=0, help="TTFT limit in seconds for goodput: until the first token.")
+    ] = None,
+    slo_tpot: Annotated[
+        float | None, typer.Option(min=0, help="TPOT limit in seconds for goodput: mean time between tokens.")
+    ] = None,
+    slo_e2e: Annotated[
+        float | None, typer.Option(min=0, help="E2E limit in seconds for goodput: until the last token.")
+    ] = None,
     max_tokens: _AnswerOption = 64,
     seed: Annotated[
         int | None,
-        typer.Option(min=0, max=9999, help="Of pictures, regions, and times of an open loop (default: new)."),
+        typer.Option(
+            min=0,
+            max=9999,
+            help="Seed of images, regions and arrival times (default: new; a repeated seed finds caches warm).",
+        ),
     ] = None,
     as_json: JsonOption = False,
     save: _SaveOption = None,
 ) -> None:
-    """Load a running server: TTFT, ITL, E2E, and how many requests a second kept the limits.
+    """Load a running server: TTFT, TPOT, ITL, E2E, and how many requests a second kept the limits.
 
     Without [bold]--rate[/], the load is a closed loop. A server with keys gets
     that of GARSERVE_API_KEY. Needs httpx ([bold]pip install 'garserve\\[serve][/]').
     """
     if find_spec("httpx") is None:
         raise GarserveError("bench serve needs httpx: pip install 'garserve[serve]'")
+    if rate is not None:
+        _refuse(context, ("clients",), "without --rate, which sends requests at its own times")
     from garserve.bench.load import bodies
     from garserve.bench.serve import Limits
     from garserve.bench.serve import serve as measure_serve
@@ -242,7 +255,7 @@ def serve(
     pixels = parse_pair("--size", size)
     asked = make_workload(workload, images, pixels, max_tokens=max_tokens, first=first)
     warm = bodies(make_workload("stream", 1, pixels, max_tokens=max_tokens, first=first + images), model, max_tokens)
-    limits, requests = Limits(slo_ttft, slo_itl, slo_e2e), bodies(asked, model, max_tokens)
+    limits, requests = Limits(slo_ttft, slo_tpot, slo_e2e), bodies(asked, model, max_tokens)
     conditions = f"{asked.name}, {asked.images} images of {size} pixels, --seed {seed}, --max-tokens {max_tokens}"
     result = measure_serve(url, requests, conditions, limits, warm=warm, rate=rate, clients=clients, seed=seed)
     _show(result, as_json, save)
@@ -263,6 +276,14 @@ def _show(result: "Result", as_json: bool, save: Path | None) -> None:
     if save is not None:
         result.write(save)
         status_console.print(f"Saved {save}")
+
+
+def _refuse(context: typer.Context, names: Sequence[str], reason: str) -> None:
+    """Raise RequestError for an option that was given and would do nothing."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            raise RequestError(f"--{name}: expected it {reason}, got {context.params[name]!r:.40}")
 
 
 def _check_targets(*targets: Path | None) -> None:

@@ -19,7 +19,9 @@ CheckpointOption = Annotated[
         help="GAR checkpoint: a folder, a Hugging Face repo id, or tiny, the small one that comes with garserve.",
     ),
 ]
-Backend = Annotated[Literal["vllm", "reference"], typer.Option(help="What decodes.")]
+Backend = Annotated[
+    Literal["vllm", "reference"], typer.Option(help="Engine: vLLM, or the slow plain-PyTorch reference.")
+]
 MaxTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")]
 MaxTilesOption = Annotated[
     int | None, typer.Option(min=1, max=36, help="Most tiles an image is cut into (default: the checkpoint's own).")
@@ -30,7 +32,7 @@ BoxScaleOption = Annotated[
 ]
 TileCacheOption = Annotated[
     float | None,
-    typer.Option(min=0, help="Memory for features of tiles that were computed, in GB (default: the backend's own)."),
+    typer.Option(min=0, help="Memory in GB for features of computed tiles (default: the backend's own)."),
 ]
 VisionBackendOption = Annotated[
     str | None,
@@ -46,12 +48,12 @@ VisionModelOption = Annotated[
         help="Folder of [bold]garserve export vision[/] (default: a float32 export, made on first use and kept).",
     ),
 ]
-LimitOption = Annotated[int | None, typer.Option(min=1, help="Ask only so many questions, evenly taken.")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Ask only this many questions, taken evenly from all.")]
 EngineOption = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=VALUE", help="An option of the backend, such as max_model_len=8192; may be repeated."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables and text.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show vLLM's log.")]
 
 BoxOption = Annotated[list[str] | None, typer.Option(help="Region: a box x1,y1,x2,y2 in pixels.")]

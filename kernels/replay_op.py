@@ -1,4 +1,6 @@
-"""RoI replay as one torch operator, `garserve::roi_replay`: Triton on a GPU, two small matrices a region on the CPU.
+"""RoI replay as one torch operator, `garserve::roi_replay`.
+
+Triton on a GPU, `embedding_bag` over the few cells that each output row reads on the CPU.
 
 The environment variable GARSERVE_REPLAY forces an implementation: `triton` (on the CPU only in Triton's interpreter,
 TRITON_INTERPRET=1), `cpu`, or `truth`, the scalar loops in float64.

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 import garserve
-from garserve.bench import cost, latency
+from garserve.bench import cost, latency, operators, preprocess
+from garserve.bench import runtime as runtime_module
+from garserve.bench.kinds import KINDS
 from garserve.bench.machine import Peaks, machine, peaks
-from garserve.bench.workload import KINDS, make_workload, picture, region
+from garserve.bench.runtime import Runtime, runtime
+from garserve.bench.workload import make_workload, picture, region
+from garserve.checkpoint import resolve
 from garserve.cli import app
-from garserve.config import parse_config
+from garserve.config import parse_config, read_config
 from garserve.errors import GarserveError, RequestError
 from garserve.model.reference import ReferenceGAR
 from garserve.presets import preset
 from garserve.tracing import Span
+from garserve.vllm_plugin.backend import VLLMBackend
 
 runner = CliRunner()
 SIZE = (120, 90)
@@ -163,7 +169,8 @@ def test_throughput_command() -> None:
     done = runner.invoke(app, [*arguments, "--workload", "five", "--max-tokens", "4"])
     assert done.exit_code == 0, done.output
     (row,) = json.loads(done.stdout)["figures"]
-    assert row["regions/s"] == pytest.approx(1 / row["seconds"], rel=1e-3)
+    assert row["answers/s"] == pytest.approx(1 / row["seconds"], rel=1e-3)
+    assert "tower in torch, float32" in json.loads(done.stdout)["conditions"]
     assert 0 < row["tiles computed"] <= 1
 
 
@@ -187,6 +194,13 @@ def test_commands_refuse_what_they_cannot_do(tmp_path: Path) -> None:
         (["vision", "--save", str(tmp_path / "no" / "file.json")], "no such folder"),
         (["preprocess", "--size", "640"], "--size: expected two whole numbers"),
         (["throughput", "--workload", "five", "--group", "3"], "group: expected 1 to 5"),
+        (
+            ["throughput", "--regions", "masks.jsonl", "--workload", "dense"],
+            "--workload: expected it without --regions",
+        ),
+        (["throughput", "--regions", "masks.jsonl", "--images", "2"], "--images: expected it without --regions"),
+        (["throughput", "--regions", "masks.jsonl", "--group", "2"], "--group: expected it without --regions"),
+        (["serve", "http://127.0.0.1:9", "--rate", "1", "--clients", "8"], "--clients: expected it without --rate"),
     ):
         done = runner.invoke(app, ["bench", *arguments])
         assert isinstance(done.exception, GarserveError), done.output
@@ -204,3 +218,61 @@ def test_startup_tells_why_nothing_started() -> None:
 
     with pytest.raises(GarserveError, match="the engine did not start"):
         startup("/no/such/checkpoint", "reference", 1)
+
+
+@pytest.mark.parametrize("fault", ["not written", "wrong"])
+def test_replay_of_every_count_is_checked(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """An operator that fails for more than one region gives no figures."""
+    whole = operators.roi_replay
+
+    def faulty(*tensors: Any) -> None:
+        _, _, regions, _, out, side = tensors
+        last = out[-(side**2) :].clone()
+        whole(*tensors)
+        if len(regions) > 1:
+            out[-(side**2) :] = last if fault == "not written" else 0.0
+
+    monkeypatch.setattr(operators, "_COUNTS", (1, 2))
+    monkeypatch.setattr(operators, "peaks", lambda dtype: Peaks(1e9, 1e9))
+    config = read_config(resolve("tiny"))
+    assert [row["regions"] for row in operators.replay(config, (2, 1), "float32", 1).rows] == [1, 2]
+    monkeypatch.setattr(operators, "roi_replay", faulty)
+    with pytest.raises(GarserveError, match=r"replay: 2 regions: .*no figures"):
+        operators.replay(config, (2, 1), "float32", 1)
+
+
+def test_a_mask_tile_is_written_in_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preprocess, "peaks", lambda: Peaks(1.0, 1.0))  # limits are bytes
+    rows = preprocess.preprocess(resolve("tiny"), SIZE, 2, None, 1).rows
+    pixels, tiles, side = SIZE[0] * SIZE[1], 2, 168
+    assert rows[0]["limit ms"] == 1e3 * (3 * pixels + 3 * tiles * side**2)
+    assert rows[1]["limit ms"] == 1e3 * (pixels + tiles * side**2 / 8)
+
+
+def test_limits_are_of_what_ran(tiny: garserve.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert runtime(tiny) == Runtime("torch, float32", "float32", "float32")
+    exported = SimpleNamespace(provider="CPUExecutionProvider", info=SimpleNamespace(dtype="int8"))
+    encoder: Any = tiny.backend.model.encoder  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder, "vision", exported)
+        assert runtime(tiny) == Runtime("ONNX Runtime (CPUExecutionProvider), int8", "float32", "float32")
+
+    config = SimpleNamespace(vision_model="tower.onnx", vision_provider="CPUExecutionProvider")
+    backend: Any = object.__new__(VLLMBackend)
+    model_config = SimpleNamespace(dtype=torch.bfloat16, hf_config=config)
+    backend.driver = SimpleNamespace(engine=SimpleNamespace(vllm_config=SimpleNamespace(model_config=model_config)))
+    engine: Any = SimpleNamespace(backend=backend, processor=tiny.processor)
+    monkeypatch.setattr(runtime_module, "read_info", lambda path: SimpleNamespace(dtype="fp32"))
+    ran = runtime(engine)
+    assert ran == Runtime("ONNX Runtime (CPUExecutionProvider), fp32", "float32", "bfloat16")
+    config.vision_model = None
+    assert runtime(engine) == Runtime("torch, bfloat16", "bfloat16", "bfloat16")
+
+    monkeypatch.setattr(
+        latency, "peaks", lambda dtype: {"float32": Peaks(100.0, 1.0), "bfloat16": Peaks(7.0, 1.0)}[dtype]
+    )
+    line = latency.Timeline({}, 0.1, [0.1], 0.2, 10, 0, [1, 2], 3, 1)
+    limits = latency._limits([line], tiny.processor.config, ran)
+    assert limits["vision"] == 3 * cost.tile_flops(tiny.processor.config) / 100.0
+    assert limits["prefill"] == cost.prefill_flops(tiny.processor.config, 10) / 7.0
+    assert limits["replay"] == cost.replay_bytes(tiny.processor.config, 2)

@@ -14,7 +14,7 @@ import pytest
 
 from garserve.bench import load
 from garserve.bench.load import Outcome, bodies, closed_loop, open_loop
-from garserve.bench.serve import Limits, serve
+from garserve.bench.serve import Limits, _percentiles, serve
 from garserve.bench.workload import make_workload
 from garserve.errors import GarserveError
 from garserve.inputs.regions import Region
@@ -92,7 +92,9 @@ def test_closed_loop(server: ThreadingHTTPServer) -> None:
     for outcome in found:
         assert outcome.tokens == 9
         assert 0.04 <= outcome.ttft < outcome.e2e
-        assert outcome.itl == pytest.approx((outcome.e2e - outcome.ttft) / 8)
+        assert outcome.tpot == pytest.approx((outcome.e2e - outcome.ttft) / 8)
+        assert len(outcome.itl) == 4  # of five pieces
+        assert sum(outcome.itl) == pytest.approx(outcome.e2e - outcome.ttft)
 
 
 def test_open_loop_sends_at_its_times(server: ThreadingHTTPServer) -> None:
@@ -123,13 +125,27 @@ def test_failures_are_counted_and_never_good(server: ThreadingHTTPServer) -> Non
 
 def test_goodput_is_under_the_limits() -> None:
     fast = Outcome(due=0.0, arrivals=[0.1, 0.2], tokens=3)
-    assert (fast.ttft, fast.e2e, fast.itl) == (0.1, 0.2, pytest.approx(0.05))
-    assert Limits(ttft=0.1, itl=0.06, e2e=0.2).kept(fast)
+    assert (fast.ttft, fast.e2e, fast.tpot, fast.itl) == (0.1, 0.2, pytest.approx(0.05), [pytest.approx(0.1)])
+    assert Limits(ttft=0.1, tpot=0.06, e2e=0.2).kept(fast)
     assert not Limits(ttft=0.09).kept(fast)
-    assert not Limits(itl=0.04).kept(fast)
+    assert not Limits(tpot=0.04).kept(fast)
     assert not Limits(e2e=0.19).kept(fast)
     assert str(Limits()) == "none"
     assert str(Limits(ttft=0.5)) == "ttft 0.5 s"
+
+
+def test_gaps_of_all_answers_are_one_distribution() -> None:
+    """ITL is over every gap, as vLLM counts it; TPOT has one value for each answer."""
+    answered = [
+        Outcome(due=0.0, arrivals=[1.0, 1.1, 1.2, 1.3], tokens=4),
+        Outcome(due=0.0, arrivals=[1.0, 1.9], tokens=4),
+        Outcome(due=0.0, arrivals=[1.0], tokens=1),
+    ]
+    rows = {row["figure"]: row for row in _percentiles(answered)}
+    assert rows["ITL"]["p50 ms"] == pytest.approx(100)
+    assert rows["ITL"]["p99 ms"] == pytest.approx(np.percentile([100, 100, 100, 900], 99))
+    assert rows["TPOT"]["p50 ms"] == pytest.approx(200)  # of 100 and 300
+    assert not {"ITL", "TPOT"} & {row["figure"] for row in _percentiles(answered[2:])}
 
 
 def test_what_warms_a_server_up_is_sent_first_and_not_counted(server: ThreadingHTTPServer) -> None:

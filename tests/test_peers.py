@@ -86,6 +86,33 @@ def test_peers_say_what_garserve_says(peers: Any) -> None:
     assert one.answer(peers.Question(image, masks[:2], [0, 1], relation), 40) == [*related, stop]
 
 
+def test_a_batch_computes_equal_tiles_once(peers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint.open("tiny")
+    image = load_image(ROOT / "garserve" / "data" / "coffee.jpg")
+    boxes = [[196, 228, 262, 310], [30, 40, 200, 210], [300, 10, 420, 120]]
+    masks = draw_masks([garserve.Region.from_box(box) for box in boxes], *image.shape[:2])
+    again = [mask.copy() for mask in masks]  # as a request of its own draws them
+    relation = "Where is <Prompt0> relative to <Prompt1>?"
+    one = peers.UpstreamGAR(checkpoint)
+    many = peers.BatchedGAR.sharing(one)
+    questions = [
+        peers.Question(image, masks[:2], [0, 1], relation),
+        peers.Question(image, masks[1:], [0, 1], relation),
+        peers.Question(image, again[:2], [0, 1], "What colour is <Prompt1>?"),
+        peers.Question(image, again[:2], [0, 1], relation, [1]),
+        peers.Question(image.copy(), masks[:2], [0, 1], relation),  # another image: its pixels are not compared
+    ]
+    wanted = [one.embed(one.inputs(question)) for question in questions]
+    passes: list[int] = []
+    features = many.features
+    monkeypatch.setattr(many, "features", lambda *tiles: passes.append(len(tiles[0])) or features(*tiles), raising=True)
+    found = many.embed_all(questions)
+    assert sum(passes) == 3 * len(one.inputs(questions[0]).pixels)
+    for own, other in zip(found, wanted, strict=True):
+        assert own.shape == other.shape
+        assert relative_error(own, other) < 1e-5
+
+
 def test_peers_in_a_process_of_their_own_say_the_same(peers: Any) -> None:
     from peers.answers import Peers, PeersApart
 

@@ -37,6 +37,18 @@ def test_all_figures(tmp_path: Path) -> None:
         assert (tmp_path / f"bench_{name}.svg").is_file()
 
 
+def test_files_whose_entries_have_a_machine_each(tmp_path: Path) -> None:
+    rates = {name: {"answers/s": [2.0, 4.0]} for name in ("garserve", "upstream", "careful batch")}
+    entries = {f"tiny, dense of {n}, groups of 1": {"machine": MACHINE, **rates} for n in (1, 20)}
+    entries["tiny, dense of 5, groups of 1"] = {"machine": MACHINE, **RATES}  # from an older file
+    (tmp_path / "end_to_end.json").write_text(json.dumps({"figures": entries}))
+    out = draw(tmp_path)
+    assert "bench_regions.png" in out
+    drawn = (tmp_path / "bench_regions.svg").read_text()
+    assert "made up, 3 threads" in drawn
+    assert "authors" in drawn
+
+
 def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
     out = draw(tmp_path, tiles_computed={"16 tiles, 1 regions": {"computed": 1.0, "five together": 1.0}})
     assert out.count(": no ") == 3

@@ -33,7 +33,7 @@ class Peers:
         return [peer.without_stop(peer.answer(_question(one), one.max_tokens)) for one in requests]
 
     def batched(self, requests: Sequence[RegionRequest], size: int) -> list[list[int]]:
-        """Answer requests about one image in batches of `size`."""
+        """Answer requests in batches of `size` neighbours; tokens without the stop token."""
         found = self._careful.answers([_question(one) for one in requests], requests[0].max_tokens, size)
         return [self._careful.without_stop(tokens) for tokens in found]
 

@@ -1,7 +1,8 @@
 """What a careful user writes with transformers alone: the authors' model, over batches of regions.
 
-The photograph is resized once for the regions of a batch, their tiles share passes through the tower, and their
-prompts one `generate` with fused attention. No tile is computed for one region and used for another.
+Each photograph is resized once for a batch, all tiles share passes through the tower, and the prompts share one
+`generate` with fused attention. Requests of a batch with the same photograph and the same masks share their tiles'
+features, too. No tile is computed for one mask and used under another.
 """
 
 from collections.abc import Sequence
@@ -9,11 +10,11 @@ from collections.abc import Sequence
 import torch
 
 from peers.upstream import UpstreamGAR
-from peers.upstream_inputs import Question
+from peers.upstream_inputs import Inputs, Question
 
 
 class BatchedGAR(UpstreamGAR):
-    """One checkpoint, answering questions about one image in batches."""
+    """One checkpoint, answering questions in batches of neighbours."""
 
     tiles_at_once = 32  # in a pass through the tower
 
@@ -33,13 +34,20 @@ class BatchedGAR(UpstreamGAR):
 
     def embed_all(self, questions: Sequence[Question]) -> list[torch.Tensor]:
         """Embed the prompts of one batch."""
-        prepared = [self.inputs(questions[0])]
-        for question in questions[1:]:
-            shared = prepared[0].pixels if question.image is questions[0].image else None
-            prepared.append(self.inputs(question, pixels=shared))
-        pixels = torch.cat([one.pixels for one in prepared])
-        numbers = torch.cat([one.numbers for one in prepared])
+        prepared: list[Inputs] = []
+        resized: dict[int, torch.Tensor] = {}  # by image
+        for question in questions:
+            prepared.append(self.inputs(question, pixels=resized.get(id(question.image))))
+            resized[id(question.image)] = prepared[-1].pixels
+        alike = [next(i for i, other in enumerate(prepared) if _same_tiles(one, other)) for one in prepared]
+        distinct = sorted(set(alike))
+        pixels = torch.cat([prepared[i].pixels for i in distinct])
+        numbers = torch.cat([prepared[i].numbers for i in distinct])
         parts = zip(pixels.split(self.tiles_at_once), numbers.split(self.tiles_at_once), strict=True)
         features = torch.cat([self.features(*part) for part in parts])
-        counts = [len(one.pixels) for one in prepared]
-        return [self.fill(one, own) for one, own in zip(prepared, features.split(counts), strict=True)]
+        by_request = dict(zip(distinct, features.split([len(prepared[i].pixels) for i in distinct]), strict=True))
+        return [self.fill(one, by_request[i]) for one, i in zip(prepared, alike, strict=True)]
+
+
+def _same_tiles(one: Inputs, other: Inputs) -> bool:
+    return one.pixels is other.pixels and torch.equal(one.numbers, other.numbers)

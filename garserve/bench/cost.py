@@ -3,10 +3,7 @@
 A multiplication and an addition are two FLOPs. Norms, activations and rotations are left out; they are hundredths.
 """
 
-from garserve.bench.machine import Peaks
 from garserve.config import GARConfig
-
-H100 = Peaks(flops=989e12, bytes=3.35e12)  # NVIDIA's data sheet: bfloat16 without sparsity, HBM3
 
 
 def tile_flops(config: GARConfig) -> float:

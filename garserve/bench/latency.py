@@ -10,6 +10,7 @@ from statistics import median
 from garserve.bench.cost import decode_bytes, prefill_flops, replay_bytes, tile_flops
 from garserve.bench.machine import peaks
 from garserve.bench.result import Result, Row
+from garserve.bench.runtime import Runtime, runtime
 from garserve.config import GARConfig
 from garserve.engine import Engine
 from garserve.errors import GarserveError
@@ -105,7 +106,8 @@ def latency(
     unnamed = median(abs(line.stages["between"]) / line.e2e for line in lines)
     if unnamed > _UNNAMED:
         raise GarserveError(f"latency: {unnamed:.1%} of the time is in no stage, limit {_UNNAMED:.0%}: no figures")
-    rows = _stage_rows(lines, engine.processor.config)
+    ran = runtime(engine)
+    rows = _stage_rows(lines, engine.processor.config, ran)
     rows += [
         {"stage": "TTFT", "milliseconds": 1e3 * median(line.ttft for line in lines)},
         {"stage": "ITL", "milliseconds": 1e3 * median(gap for line in lines for gap in line.itl or [0.0])},
@@ -113,13 +115,14 @@ def latency(
         {"stage": "front beyond preprocessing", "milliseconds": 1e3 * median(line.front for line in lines)},
     ]
     tokens = median(len(line.token_ids) for line in lines)
-    described = f"{conditions}; {len(lines)} requests one after the other, medians; {tokens:g} tokens an answer"
+    described = f"{conditions}; {ran}; {len(lines)} requests one after the other, medians; {tokens:g} tokens an answer"
+    described += f"; limits: measured peaks of {ran.tower_peak} for tiles, of {ran.dtype} for the rest"
     note = f"stages sum to the whole within {unnamed:.2%} (between: what no span names)"
     return Result("latency", described, rows, [note]), measured[-1][1]
 
 
-def _stage_rows(lines: Sequence[Timeline], config: GARConfig) -> list[Row]:
-    limits = _limits(lines, config)
+def _stage_rows(lines: Sequence[Timeline], config: GARConfig, ran: Runtime) -> list[Row]:
+    limits = _limits(lines, config, ran)
     rows: list[Row] = []
     for name in STAGES:
         seconds = median(line.stages[name] for line in lines)
@@ -131,13 +134,13 @@ def _stage_rows(lines: Sequence[Timeline], config: GARConfig) -> list[Row]:
     return rows
 
 
-def _limits(lines: Sequence[Timeline], config: GARConfig) -> dict[str, float]:
+def _limits(lines: Sequence[Timeline], config: GARConfig, ran: Runtime) -> dict[str, float]:
     """Seconds that each stage takes at least, on the measured peaks of this machine."""
-    peak, line = peaks(config.dtype), sorted(lines, key=lambda one: one.e2e)[len(lines) // 2]
-    element = 4 if config.dtype == "float32" else 2
+    peak, line = peaks(ran.dtype), sorted(lines, key=lambda one: one.e2e)[len(lines) // 2]
+    element = 4 if ran.dtype == "float32" else 2
     steps = max(len(line.token_ids) - 1, 0)
     return {
-        "vision": line.tiles * tile_flops(config) / peak.flops,
+        "vision": line.tiles * tile_flops(config) / peaks(ran.tower_peak).flops,
         "replay": line.regions * replay_bytes(config, element) / peak.bytes,
         "prefill": prefill_flops(config, line.prompt_tokens, line.cached_tokens) / peak.flops,
         "decode": steps * decode_bytes(config, line.prompt_tokens + steps // 2, element) / peak.bytes,

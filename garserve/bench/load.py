@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -42,8 +43,13 @@ class Outcome:
         return self.arrivals[-1] - self.due
 
     @property
-    def itl(self) -> float:
-        """Mean seconds between tokens; 0 for an answer of one token."""
+    def itl(self) -> list[float]:
+        """Seconds between each piece of text and the next; a piece may hold several tokens, as in vLLM's ITL."""
+        return [after - one for one, after in pairwise(self.arrivals)]
+
+    @property
+    def tpot(self) -> float:
+        """Mean seconds between tokens after the first, as vLLM's TPOT; 0 for an answer of one token."""
         return (self.arrivals[-1] - self.arrivals[0]) / (self.tokens - 1) if self.tokens > 1 else 0.0
 
 

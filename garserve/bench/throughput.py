@@ -7,6 +7,7 @@ from garserve.answers import Answer
 from garserve.bench.cost import prefill_flops, tile_flops
 from garserve.bench.machine import peaks
 from garserve.bench.result import Result, Row
+from garserve.bench.runtime import runtime
 from garserve.bench.workload import Workload
 from garserve.engine import Engine
 from garserve.inputs.request import RegionRequest
@@ -21,26 +22,26 @@ def throughput(engine: Engine, workload: Workload, warm: RegionRequest, conditio
     seconds = time.perf_counter() - start
     after = engine.tile_counts
     computed, asked = after.computed - before.computed, after.asked - before.asked
-    config = engine.processor.config
-    flops = sum(prefill_flops(config, one.prompt_tokens, one.cached_tokens) for one in answers)
-    limit = (flops + computed * tile_flops(config)) / peaks(config.dtype).flops
+    config, ran = engine.processor.config, runtime(engine)
+    prefill = sum(prefill_flops(config, one.prompt_tokens, one.cached_tokens) for one in answers)
+    limit = prefill / peaks(ran.dtype).flops + computed * tile_flops(config) / peaks(ran.tower_peak).flops
     tokens = sum(len(one.token_ids) for one in answers)
     row: Row = {
         "workload": workload.name,
-        "regions/s": len(answers) / seconds,
+        "answers/s": len(answers) / seconds,
         "images/s": workload.images / seconds,
         "answer tokens/s": tokens / seconds,
         "prompt tokens/s": sum(one.prompt_tokens for one in answers) / seconds,
-        "prefilled a region": _prefilled(answers),
+        "prefilled an answer": _prefilled(answers),
         "tiles computed": computed / max(asked, 1),
         "seconds": seconds,
         "limit s": limit,
         "of limit": limit / seconds,
     }
     described = (
-        f"{conditions}; {workload.images} images, {workload.regions} requests, at most {in_flight} at a time; "
-        f"{median(len(one.token_ids) for one in answers):g} tokens an answer; limit: FLOPs of tiles and prefill over "
-        "the measured peak of a matrix product"
+        f"{conditions}; {ran}; {workload.images} images, {len(answers)} requests, at most {in_flight} at a time; "
+        f"{median(len(one.token_ids) for one in answers):g} tokens an answer; limit: FLOPs of tiles (in "
+        f"{ran.tower_peak}) and prefill (in {ran.dtype}) over the measured peak of a matrix product"
     )
     return Result("throughput", described, [row])
 

@@ -7,23 +7,17 @@ import json
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from garserve.bench.kinds import Kind
 from garserve.errors import RequestError
 from garserve.inputs.images import hold_image
 from garserve.inputs.request import RegionRequest
 
-Kind = Literal["dense", "five", "questions", "stream"]
-KINDS: dict[Kind, str] = {
-    "dense": "20 regions an image, each described",
-    "five": "one question about five regions of each image",
-    "questions": "ten questions about the same five regions of each image",
-    "stream": "images that differ, one region each",
-}
 DENSE = 20
 _FIVE, _QUESTIONS = 5, 10
 _LONGEST_SIDE = 20_000
@@ -32,16 +26,11 @@ _SMALLEST, _LARGEST = 0.004, 0.15  # of the image, what a region covers
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests in the order in which they are asked. `regions` counts answers about a region, or about several."""
+    """Requests in the order in which they are asked."""
 
     name: str
     requests: list[RegionRequest]
     images: int
-
-    @property
-    def regions(self) -> int:
-        """How many answers there are."""
-        return len(self.requests)
 
 
 def make_workload(
