@@ -5,6 +5,8 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +66,8 @@ from garserve.errors import GarserveError, RequestError
 if TYPE_CHECKING:
     from garserve.batch.filters import Filters
     from garserve.batch.limits import Stop
+    from garserve.batch.ray_cluster import Engines
+    from garserve.batch.run import Plan
     from garserve.batch.totals import Totals
     from garserve.engine import Engine
 
@@ -123,12 +127,9 @@ def batch(
     written at the end), 3 stopped early, 130 interrupted.
     """
     from garserve.batch.limits import Limits, Stop
-    from garserve.batch.outputs import check_apart, check_coco, check_parquet, write_coco, write_parquet
     from garserve.batch.prepare import Preparation
-    from garserve.batch.progress import Meter, summary
-    from garserve.batch.ray_cluster import Engines
-    from garserve.batch.ray_job import RayJob
-    from garserve.batch.run import Plan, run_job
+    from garserve.batch.progress import summary
+    from garserve.batch.run import Plan
     from garserve.batch.source import Reading
     from garserve.checkpoint import resolve
 
@@ -155,46 +156,108 @@ def batch(
         retry_errors=retry_errors,
         vision=None if vision_backend is None and vision_model is None else f"{vision_backend} {vision_model}",
     )
-    if metrics_file is not None and not metrics_file.parent.is_dir():
-        raise RequestError(f"--metrics-file {metrics_file}: no such folder: {metrics_file.parent}")
-    if coco is not None:
-        check_coco(input_path, form, coco, each_region=each_region)
-    if parquet is not None:
-        check_parquet(input_path, parquet)
-    check_apart(input=input_path, output=output, coco=coco, parquet=parquet, metrics_file=metrics_file, ids=ids)
-    if ray is None and (engines, engine_cpus, engine_gpus) != (None, None, None):
-        raise RequestError("--engines, --engine-cpus and --engine-gpus: only with --ray")
-    cluster = None if ray is None else Engines(ray, engines, engine_cpus, engine_gpus)
+    targets = _Targets(coco, parquet, metrics_file)
+    _check_targets(plan, targets, ids)
+    cluster = _engines(ray, engines, engine_cpus, engine_gpus)
     choices: dict[str, Any] = {"max_num_tiles": max_num_tiles, "box_scale": box_scale, "tile_cache_gb": tile_cache_gb}
     choices |= {"vision_backend": vision_backend, "vision_model": vision_model}
-
-    def load() -> "Engine":
-        # A GPU that has failed is lost to its process: an engine in another one can be started again.
-        apart = backend == "vllm" and "separate_process" not in parse_engine_options(engine_option)
-        return load_engine(
-            checkpoint, backend, engine_option, verbose, **choices, separate_process="gpu" if apart else None
-        )
-
     stop = Stop()
-    with _signals(stop):
-        if cluster is None:
-            totals = run_job(plan, load, stop=stop, watch=lambda job, feeder: Meter(job, feeder, status_console))
-        else:
-            options = engine_options(backend, engine_option, verbose, **choices)
-            job = RayJob(plan, checkpoint, backend, options, cluster, stop=stop, verbose=verbose)
-            totals = job.run(watch=lambda job: Meter(job, job, status_console))
-    if stop.reason is None and coco is not None:
-        write_coco(input_path, output, coco)
-    if stop.reason is None and parquet is not None:
-        write_parquet(output, parquet)
-    numbers = {"output": str(output), **totals.as_json(), "stopped": stop.reason}
-    if metrics_file is not None:
-        _write_metrics(metrics_file, numbers)
+    totals = _run(plan, _Loading(checkpoint, backend, engine_option, verbose, choices), cluster, stop)
+    numbers = _finish(plan, targets, stop, totals)
     if as_json:
         typer.echo(json.dumps(numbers))
     else:
         console.print(summary(totals, output))
     raise typer.Exit(_exit_code(stop, totals))
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """What is written beside the output when all is answered, and the numbers of the run."""
+
+    coco: Path | None
+    parquet: Path | None
+    metrics: Path | None
+
+
+def _check_targets(plan: "Plan", targets: _Targets, ids: Path | None) -> None:
+    """Check before anything begins that what is written at the end can be; RequestError names the option if not."""
+    from garserve.batch.outputs import check_apart, check_coco, check_parquet
+
+    coco, parquet, metrics = targets.coco, targets.parquet, targets.metrics
+    if metrics is not None and not metrics.parent.is_dir():
+        raise RequestError(f"--metrics-file {metrics}: no such folder: {metrics.parent}")
+    if coco is not None:
+        check_coco(plan.input, plan.format, coco, each_region=plan.reading.each_region)
+    if parquet is not None:
+        check_parquet(plan.input, parquet)
+    check_apart(input=plan.input, output=plan.output, coco=coco, parquet=parquet, metrics_file=metrics, ids=ids)
+
+
+def _engines(ray: str | None, count: int | None, cpus: float | None, gpus: float | None) -> "Engines | None":
+    """Return which cluster answers, None where this process does; RequestError for options of a cluster without one."""
+    from garserve.batch.ray_cluster import Engines
+
+    if ray is not None:
+        return Engines(ray, count, cpus, gpus)
+    if (count, cpus, gpus) != (None, None, None):
+        raise RequestError("--engines, --engine-cpus and --engine-gpus: only with --ray")
+    return None
+
+
+@dataclass(frozen=True)
+class _Loading:
+    """How an engine is loaded; choices that are None are left to it."""
+
+    checkpoint: str
+    backend: str
+    options: list[str] | None
+    verbose: bool
+    choices: dict[str, Any]
+
+    def load(self) -> "Engine":
+        # A GPU that has failed is lost to its process: an engine in another one can be started again.
+        apart = self.backend == "vllm" and "separate_process" not in parse_engine_options(self.options)
+        separate = "gpu" if apart else None
+        return load_engine(
+            self.checkpoint, self.backend, self.options, self.verbose, **self.choices, separate_process=separate
+        )
+
+    def elsewhere(self) -> dict[str, Any]:
+        return engine_options(self.backend, self.options, self.verbose, **self.choices)
+
+
+def _run(plan: "Plan", loading: _Loading, cluster: "Engines | None", stop: "Stop") -> "Totals":
+    """Answer, here or on a cluster; `stop` says afterwards whether and why that ended early."""
+    from garserve.batch.progress import Meter
+    from garserve.batch.ray_job import RayJob
+    from garserve.batch.run import run_job
+    from garserve.batch.totals import Totals
+
+    totals = Totals()
+    with _signals(stop):
+        if cluster is None:
+            watch = partial(Meter, console=status_console)
+            run_job(plan, loading.load, stop=stop, totals=totals, watch=watch)
+        else:
+            how = loading.checkpoint, loading.backend, loading.elsewhere()
+            job = RayJob(plan, *how, cluster, stop=stop, totals=totals, verbose=loading.verbose)
+            job.run(watch=lambda job: Meter(job, job, status_console))
+    return totals
+
+
+def _finish(plan: "Plan", targets: _Targets, stop: "Stop", totals: "Totals") -> dict[str, object]:
+    """Write what is written at the end, and return the numbers of the run."""
+    from garserve.batch.outputs import write_coco, write_parquet
+
+    if stop.reason is None and targets.coco is not None:
+        write_coco(plan.input, plan.output, targets.coco)
+    if stop.reason is None and targets.parquet is not None:
+        write_parquet(plan.output, targets.parquet)
+    numbers = {"output": str(plan.output), **totals.as_json(), "stopped": stop.reason}
+    if targets.metrics is not None:
+        _write_metrics(targets.metrics, numbers)
+    return numbers
 
 
 def _filters(
@@ -210,7 +273,9 @@ def _filters(
     wanted: frozenset[str] = frozenset()
     if ids is not None:
         try:
-            wanted = frozenset(line.strip() for line in ids.read_text(encoding="utf-8").splitlines() if line.strip())
+            wanted = frozenset(
+                line.strip() for line in ids.read_text(encoding="utf-8-sig").splitlines() if line.strip()
+            )
         except (OSError, UnicodeDecodeError) as error:
             raise RequestError(f"--ids {ids}: cannot be read ({error})") from None
         if not wanted:
@@ -221,7 +286,11 @@ def _filters(
 
 @contextmanager
 def _signals(stop: "Stop") -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM drain the job the first time, and stop it the second."""
+    """Let Ctrl-C and SIGTERM drain the job the first time, and stop it the second.
+
+    Where nothing looks at `stop`, as while an engine loads, the second one raises KeyboardInterrupt, which ends
+    here.
+    """
     from garserve.batch.limits import Halt
 
     def told(number: int, _: object) -> None:
@@ -229,10 +298,14 @@ def _signals(stop: "Stop") -> Iterator[None]:
         stop.tell("interrupted", Halt.now if again else Halt.drain)
         if not again:
             os.write(2, b"\nfinishing what runs; once more stops at once\n")
+        elif not stop.watched:
+            raise KeyboardInterrupt
 
     before = {number: signal.signal(number, told) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except KeyboardInterrupt:
+        stop.tell("interrupted", Halt.now)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -45,9 +45,7 @@ MaxAreaOption = Annotated[
 IdsOption = Annotated[
     Path | None, typer.Option(help="Only the ids in this file, one a line.", rich_help_panel=_SELECTION)
 ]
-FirstOption = Annotated[
-    int | None, typer.Option(min=1, help="Only the first so many requests.", rich_help_panel=_SELECTION)
-]
+FirstOption = Annotated[int | None, typer.Option(min=1, help="Only the first N requests.", rich_help_panel=_SELECTION)]
 ShardOption = Annotated[
     str | None,
     typer.Option(metavar="I/N", help="Only part I, from 0, of N; images stay whole.", rich_help_panel=_SELECTION),
@@ -83,11 +81,19 @@ GroupGapOption = Annotated[
     typer.Option(
         min=0,
         max=1,
-        help="Least distance of the regions of a group, as a share of the image; 0: they only do not overlap.",
+        help="Minimum gap between a group's regions, as a share of the image (0: they only must not overlap).",
         rich_help_panel=_PROMPT,
     ),
 ]
-TemperatureOption = Annotated[float, typer.Option(min=0, max=2, rich_help_panel=_PROMPT)]
+TemperatureOption = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        max=2,
+        help="Sampling temperature; 0 takes the most probable token each time.",
+        rich_help_panel=_PROMPT,
+    ),
+]
 WorkersOption = Annotated[
     int | None,
     typer.Option(
@@ -101,9 +107,7 @@ InFlightOption = Annotated[int, typer.Option(min=1, help="Most requests in an en
 MaxErrorsOption = Annotated[
     int | None, typer.Option(min=0, help="Stop after more error rows than this.", rich_help_panel=_RUN)
 ]
-RestartsOption = Annotated[
-    int, typer.Option(min=0, help="Start an engine that died again, so many times.", rich_help_panel=_RUN)
-]
+RestartsOption = Annotated[int, typer.Option(min=0, help="How often a dead engine is restarted.", rich_help_panel=_RUN)]
 MixOption = Annotated[
     bool,
     typer.Option(
@@ -114,7 +118,13 @@ MixOption = Annotated[
     ),
 ]
 RetryOption = Annotated[
-    bool, typer.Option("--retry-errors", help="Ask again what the output has as errors.", rich_help_panel=_OUTPUT)
+    bool,
+    typer.Option(
+        "--retry-errors",
+        help="Ask again what the output has as errors: of the requests that --limit, --ids, --shard and the other "
+        "filters let through, where there are any.",
+        rich_help_panel=_OUTPUT,
+    ),
 ]
 CocoOption = Annotated[
     Path | None,

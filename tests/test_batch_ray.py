@@ -1,6 +1,7 @@
 """`--ray`: the same job on a cluster, here one of this machine with two engines of the reference."""
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -14,13 +15,17 @@ from typing import Any
 import pytest
 
 import garserve
+from garserve.batch.filters import Filters, Shard
 from garserve.batch.identity import check_job
 from garserve.batch.journal import read_rows
+from garserve.batch.ledger import Ledger
 from garserve.batch.limits import Halt, Stop
 from garserve.batch.parts import Parts, read_manifest
 from garserve.batch.ray_cluster import Engines
 from garserve.batch.ray_job import RayJob
+from garserve.batch.record import Record
 from garserve.batch.run import Plan, run_job
+from garserve.batch.source import Reading
 from garserve.errors import GarserveError, RequestError
 from tests.batch_data import plan_of, rows, write_requests
 from tests.echo import shared
@@ -164,6 +169,48 @@ def test_what_is_refused_before_a_cluster_is_joined(mini: Path, tmp_path: Path) 
         ray_job(plan_of(source, tmp_path / "file", mini)).run()
     with pytest.raises(RequestError, match="submit the command to it with `ray job submit`"):
         Engines("ray://head:10001")
+
+
+@pytest.mark.parametrize("images", [None, Path("elsewhere")])
+def test_relative_paths_are_those_of_the_command(
+    mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: Path | None
+) -> None:
+    """Ray's processes work in another folder: they find the same files, records and shards."""
+    here = tmp_path / "here"
+    (here / "elsewhere").mkdir(parents=True)
+    requests = write_requests(here, 40, images=40).read_text()
+    (here / "in.jsonl").write_text(requests.replace('"image": "', '"image": "../'))
+    shutil.copytree(mini, here / "GAR")
+    monkeypatch.chdir(here)
+    plan = plan_of(
+        Path("in.jsonl"), Path("out"), Path("GAR"), reading=Reading(images=images), filters=Filters(shard=Shard(0, 2))
+    )
+    options = {"vision_model": Path("exported"), "vision_backend": "onnx"}
+    job = RayJob(plan, "./GAR", "reference", options, Engines("local"))
+    before, description = asked(plan), plan.description()
+    monkeypatch.chdir(tmp_path)
+    moved = job._plan
+    assert 0 < len(before) < 40
+    assert asked(moved) == before
+    assert moved.output == here / "out"
+    assert (job._checkpoint, job._options) == (str(here / "GAR"), {**options, "vision_model": here / "exported"})
+    monkeypatch.chdir(here)
+    assert moved.description() == description
+
+
+def asked(plan: Plan) -> list[Record]:
+    ledger = Ledger()
+    return [record for bundle in plan.selection(plan.open_source()).bundles(ledger) for record in bundle.records]
+
+
+@pytest.mark.parametrize("name", ["tiny", "owner/name", "~/GAR"])
+def test_names_of_checkpoints_that_are_no_paths_stay(
+    mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    job = RayJob(plan_of(Path("in.jsonl"), Path("out"), mini), name, "reference", {}, Engines("local"))
+    assert job._checkpoint == name
 
 
 def test_without_ray(mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

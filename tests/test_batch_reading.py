@@ -298,6 +298,18 @@ def test_an_image_is_looked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert all(record.image == f"/{int(str(record.id)) % 3}.png" for record in records)
 
 
+def test_images_above_a_file_named_without_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("annotations", "val2017"):
+        (tmp_path / name).mkdir()
+    Image.new("RGB", (30, 30)).save(tmp_path / "val2017" / "a.png")
+    coco = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 1, "bbox": [1, 1, 5, 5]}]}
+    (tmp_path / "annotations" / "instances_val2017.json").write_text(json.dumps(coco))
+    for folder, path in (("annotations", "instances_val2017.json"), (".", "annotations/instances_val2017.json")):
+        monkeypatch.chdir(tmp_path / folder)
+        (record,) = asked(Path(path))
+        assert os.path.abspath(str(record.image)) == str(tmp_path / "val2017" / "a.png")
+
+
 def test_masks_of_openai_lines_lie_where_their_images_do(tmp_path: Path) -> None:
     content = [{"type": "image_url", "image_url": {"url": "a.png"}}]
     regions = [{"mask": "m.png"}, {"mask": PNG}, BOX]

@@ -2,16 +2,20 @@
 
 import queue
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from garserve.batch.bundles import Bundle
 from garserve.batch.ledger import Ledger
 from garserve.batch.pool import Prepared, WorkerPool
+from garserve.batch.record import Record
 from garserve.batch.selection import Selection
+from garserve.batch.source import Source
 
 AHEAD = 4  # parcels that wait for the engine
+_JOIN_SECONDS = 5.0  # that a thread is waited for: reading a large JSON file up to its first record takes minutes
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,25 @@ class End:
     """There is nothing more; `error` where reading or preparing failed as a whole."""
 
     error: Exception | None = None
+
+
+class _Until:
+    """A source whose records end where `over` says so."""
+
+    path: Path
+    total: int | None
+
+    def __init__(self, source: Source, over: Callable[[], bool]) -> None:
+        self._source, self._over = source, over
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def records(self) -> Iterator[Record]:
+        for record in self._source.records():
+            if self._over():
+                return
+            yield record
 
 
 class Feeder:
@@ -53,11 +76,11 @@ class Feeder:
         self._room.release()
 
     def stop(self) -> None:
-        """End early, and wait for the thread."""
+        """End early, and wait for the thread; one in the middle of something long is left to end by itself."""
         self._stopped.set()
         self._room.release()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(_JOIN_SECONDS)
 
     @property
     def total(self) -> int | None:
@@ -76,7 +99,8 @@ class Feeder:
             self._events.put(End(error))
 
     def _bundles(self) -> Iterator[Bundle]:
-        for number, bundle in enumerate(self._selection.bundles(self._ledger)):
+        selection = replace(self._selection, source=_Until(self._selection.source, self._stopped.is_set))
+        for number, bundle in enumerate(selection.bundles(self._ledger)):
             if number == 0:
                 self._events.put(WorkFound())
             yield bundle

@@ -85,7 +85,13 @@ class Job:
     def run(self, feeder: Feed) -> None:
         """Answer everything that a feeder brings; `stop` says afterwards whether and why it ended early."""
         self._feeder = feeder
-        feeder.start()
+        with self.stop.watching():
+            self._run()
+        with suppress(OutputError):  # what matters was told, or the last rows are written again next time
+            self._sink.sync()
+
+    def _run(self) -> None:
+        self._feeder.start()
         try:
             while not self._finished():
                 self._handle(self._next())
@@ -94,12 +100,10 @@ class Job:
         except OutputError as error:
             self.stop.tell(str(error), Halt.now)
         finally:
-            feeder.stop()
+            self._feeder.stop()
             for one in self._running.values():
                 one.cancel()
             self._close()
-        with suppress(OutputError):  # what matters was told, or the last rows are written again next time
-            self._sink.sync()
 
     def _finished(self) -> bool:
         if self.stop.halt is Halt.now:
@@ -136,7 +140,8 @@ class Job:
                 self.stop.tell(f"{event.error}")
 
     def _start(self) -> None:
-        self.engine = self._open_engine()
+        with self.stop.watching(False):  # loading takes minutes
+            self.engine = self._open_engine()
         self._admission = Admission(self._limits.in_flight, self.engine.backend.token_room())
         self.totals.begun = time.monotonic()
 
@@ -198,22 +203,17 @@ class Job:
         assert self.engine is not None and one.prepared is not None  # noqa: S101, PT018  (it was submitted)
         answer = self.engine.finished(one.prepared, report)
         row = answer_row(one.record, one.entry, one.parcel, answer, time.monotonic() - one.since)
-        self._sink.append(row)
-        totals = self.totals
-        totals.rows += 1
-        totals.regions += len(one.record.regions) or len(one.entry.spans) - 1
-        totals.prompt_tokens += answer.prompt_tokens
-        totals.cached_tokens += answer.cached_tokens
-        totals.answer_tokens += len(answer.token_ids)
-        totals.forms[one.entry.form] = totals.forms.get(one.entry.form, 0) + 1
+        self._write(row, len(one.entry.spans) - 1)
 
     def _error(self, record: Record, error: str, regions: list[dict[str, Any]] | None) -> None:
-        self._sink.append(error_row(record, error, regions))
-        self.totals.rows += 1
-        self.totals.errors += 1
+        self._write(error_row(record, error, regions))
         most = self._limits.max_errors
         if most is not None and self.totals.errors > most:
             self.stop.tell(f"more than {most} errors (--max-errors)")
+
+    def _write(self, row: dict[str, Any], regions: int = 1) -> None:
+        self._sink.append(row)
+        self.totals.add_row(row, regions)
 
     def _engine_died(self, error: Exception) -> None:
         """Put all that it had back to the front of the queue and start another one, a bounded number of times."""

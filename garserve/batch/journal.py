@@ -3,14 +3,17 @@
 import fcntl
 import json
 import os
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from garserve.batch.record import Id
 from garserve.errors import GarserveError, RequestError
 
 _ROW_START = b'{"id": '
+_PART = re.compile(r"part-\d{5,}\.jsonl")
 SYNC_SECONDS = 1.0  # what a power cut may cost; a killed process costs nothing that was written
 
 
@@ -32,7 +35,7 @@ class Journal:
     """An output file, open for appending. A torn last line, as a crash leaves it, is cut off when it is opened."""
 
     def __init__(self, path: Path, *, sync_seconds: float = SYNC_SECONDS) -> None:
-        """Open and lock the file; RequestError where it cannot be written or another job has it."""
+        """Open and lock the file; RequestError where it cannot be written or locked, or another job has it."""
         self.path = path
         self._sync_seconds = sync_seconds
         if not path.parent.is_dir():
@@ -44,19 +47,13 @@ class Journal:
         except OSError as error:
             raise RequestError(f"output {path}: cannot be written ({error.strerror})") from None
         try:
-            self._lock()
+            lock(self._file, path)
             self.cut = self._cut_torn_line()  # bytes
         except BaseException:
             os.close(self._file)
             raise
         self._synced = time.monotonic()
         self._unsynced = False
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RequestError(f"output {self.path}: another job is writing it") from None
 
     def _cut_torn_line(self) -> int:
         """Cut off what follows the last line break and return its bytes; RequestError where the file is not ours."""
@@ -103,28 +100,29 @@ class Journal:
             raise OutputError(f"output {self.path}: cannot be written ({error.strerror})") from None
         self._synced, self._unsynced = time.monotonic(), False
 
-    def drop_errors(self) -> int:
-        """Take out the rows that are errors, so that they are asked again; return how many there were.
+    def drop_errors(self, chosen: Callable[[Id], bool] = lambda _: True) -> int:
+        """Take out the rows that are errors, of `chosen` ids, so that they are asked again; return how many there were.
 
-        The rows that stay are written beside the file, which they replace whole.
+        The rows that stay are written beside the file, which they replace whole; a link to it stays a link.
         """
-        beside = self.path.with_name(f".{self.path.name}.retry")
+        target = self.path.resolve()
+        beside = target.with_name(f".{target.name}.retry")
         dropped = 0
         try:
             with beside.open("wb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 for row in self.rows():
-                    if "error" in row:
+                    if "error" in row and chosen(row["id"]):
                         dropped += 1
                         continue
                     line = json.dumps(row, ensure_ascii=False) + "\n"
                     file.write(line.encode("utf-8", "backslashreplace"))
                 file.flush()
                 os.fsync(file.fileno())
-                beside.replace(self.path)
+                beside.replace(target)
                 os.close(self._file)
-                self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
-            self._lock()
+                self._file = os.open(target, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+            lock(self._file, self.path)
         except OSError as error:
             raise OutputError(f"output {self.path}: cannot be written ({error.strerror})") from None
         return dropped
@@ -143,13 +141,30 @@ class Journal:
         self.close()
 
 
+def lock(file: int, path: Path) -> None:
+    """Lock an open file of the output `path`; RequestError where another job has it, or where it cannot be locked."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RequestError(f"output {path}: another job is writing it") from None
+    except OSError as error:
+        raise RequestError(
+            f"output {path}: cannot be locked ({error.strerror}); expected a file system that has locks"
+        ) from None
+
+
+def part_paths(folder: Path) -> list[Path]:
+    """Return the parts of a folder in their order; nothing else that lies there is one."""
+    return sorted(path for path in folder.iterdir() if _PART.fullmatch(path.name))
+
+
 def read_rows(path: Path, size: int | None = None) -> Iterator[dict[str, Any]]:
     """Yield the rows of an output, a file or a folder of parts, or those in the first `size` bytes of a file.
 
     A torn last line is left out. RequestError names another line that is no row.
     """
     if path.is_dir():
-        for part in sorted(path.glob("part-*.jsonl")):
+        for part in part_paths(path):
             yield from read_rows(part)
         return
     try:

@@ -1,5 +1,7 @@
 """What bounds a running job, and what ends it before its time."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -18,11 +20,21 @@ class Stop:
     def __init__(self) -> None:
         self.halt = Halt.no
         self.reason: str | None = None
+        self.watched = False  # whether the main thread looks at `halt` soon; where it does not, it can be interrupted
 
     def tell(self, reason: str, halt: Halt = Halt.drain) -> None:
         """Stop the job as far as that, or further where it was told before."""
         self.halt = max(self.halt, halt)
         self.reason = self.reason or reason
+
+    @contextmanager
+    def watching(self, flag: bool = True) -> Iterator[None]:
+        """Note that `halt` is looked at while the context lasts, or that it is not."""
+        before, self.watched = self.watched, flag
+        try:
+            yield
+        finally:
+            self.watched = before
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,20 @@
 """An output in parts: a folder of JSON-lines files, each a journal, and a manifest that says what they hold."""
 
-import fcntl
 import json
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
 from garserve import __version__
-from garserve.batch.journal import Journal, OutputError, read_rows
+from garserve.batch.journal import Journal, OutputError, lock, part_paths, read_rows
+from garserve.batch.record import Id
 from garserve.errors import RequestError
 
 MANIFEST, LOCK = "manifest.json", ".lock"
 ROWS_A_PART = 10_000
-_NAME = re.compile(r"part-\d{5,}\.jsonl")
 
 
 class Parts:
@@ -35,17 +33,14 @@ class Parts:
             path.mkdir(exist_ok=True)
             self._check_contents()
             self._lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._lock, path)
             self._parts = self._read_parts()
             self._open_last()
-        except BlockingIOError:
-            os.close(self._lock)
-            raise RequestError(f"output {path}: another job is writing it") from None
-        except OSError as error:
-            raise RequestError(f"output {path}: cannot be written ({error.strerror})") from None
-        except BaseException:
+        except BaseException as error:
             if self._lock >= 0:
                 os.close(self._lock)
+            if isinstance(error, OSError):
+                raise RequestError(f"output {path}: cannot be written ({error.strerror})") from None
             raise
 
     def _check_contents(self) -> None:
@@ -114,15 +109,15 @@ class Parts:
         if self._journal is not None:
             self._journal.sync(force=force)
 
-    def drop_errors(self) -> int:
-        """Take out the rows that are errors, of all parts; return how many there were."""
+    def drop_errors(self, chosen: Callable[[Id], bool] = lambda _: True) -> int:
+        """Take out the rows that are errors, of `chosen` ids, from all parts; return how many there were."""
         self._seal()
         self._manifest.unlink(missing_ok=True)  # parts of two sizes would contradict it, were this to end half-way
         dropped = 0
         for number, part in enumerate(self._parts):
             if part["errors"]:
                 with Journal(self.path / part["name"]) as journal:
-                    dropped += journal.drop_errors()
+                    dropped += journal.drop_errors(chosen)
                 self._parts[number] = _described(self.path / part["name"])
         self.write_manifest(complete=False)
         self._open_last()
@@ -169,11 +164,6 @@ class Parts:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def part_paths(folder: Path) -> list[Path]:
-    """Return the parts of a folder in their order."""
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

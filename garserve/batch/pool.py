@@ -19,17 +19,34 @@ from garserve.batch.wire import bundle_messages
 from garserve.batch.worker import receive_parcel, send_messages
 from garserve.errors import GarserveError
 
-COMMAND = (sys.executable, "-m", "garserve.batch.worker")
-_ATTEMPTS = 3  # a bundle that kills so many workers is given up
+COMMAND = (sys.executable, "-P", "-m", "garserve.batch.worker")  # -P: not what lies in the folder of the data
+_ATTEMPTS = 3  # a bundle that kills so many workers is taken apart, a record is given up
+_DEATHS_IN_ROW, _DEATHS_A_WORKER = 20, 4  # of workers with whole bundles; more without a parcel end the job
 _POLL_SECONDS = 0.5
 
 Prepared = tuple[Bundle, Parcel]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Task:
+    """A bundle to prepare, or one record of a bundle that was taken apart, whose task is `whole` then.
+
+    `attempts` are those that killed a worker: of a `whole` those of its records, since one of them was prepared.
+    """
+
     bundle: Bundle
     attempts: int = 0
+    whole: "_Task | None" = None
+
+    @property
+    def divisible(self) -> bool:
+        return len(self.bundle.records) > 1
+
+    def apart(self) -> "list[_Task]":
+        """Return a task for each record that is wanted; such a record shares no group's mask."""
+        self.attempts = 0
+        records = zip(self.bundle.records, self.bundle.wanted, strict=True)
+        return [_Task(Bundle((record,), (True,)), whole=self) for record, wanted in records if wanted]
 
 
 class _Worker:
@@ -60,6 +77,7 @@ class WorkerPool:
         self._inline = Preparer(preparation)
         self._workers = [_Worker(preparation, command) for _ in range(count)]
         self.deaths = 0
+        self._deaths_in_row = 0  # of workers that had a whole bundle, since the last parcel
 
     @property
     def pids(self) -> list[int]:
@@ -95,6 +113,9 @@ class WorkerPool:
                 try:
                     self._give(worker, task)
                 except (TypeError, ValueError) as error:  # it holds what no JSON can say
+                    if task.divisible:
+                        again.extend(task.apart())
+                        continue
                     yield task.bundle, _refused(task.bundle, f"request cannot be handed to a worker ({error})")
             busy = {worker.connection: worker for worker in self._workers if worker.task is not None}
             if not busy and exhausted and not again:
@@ -115,21 +136,40 @@ class WorkerPool:
         try:
             parcel = receive_parcel(worker.connection)
         except (EOFError, OSError):
-            code = self._replace(worker)
-            task.attempts += 1
-            if task.attempts < _ATTEMPTS:
-                again.append(task)
-                return
-            yield task.bundle, _given_up(task.bundle, code)
+            self._deaths_in_row += task.whole is None
+            yield from self._retried(task, self._replace(worker), again)
             return
         worker.task = None
+        self._deaths_in_row = 0
+        if task.whole is not None:
+            task.whole.attempts = 0
         yield task.bundle, parcel
+
+    def _retried(self, task: _Task, code: int, again: deque[_Task]) -> Iterator[Prepared]:
+        """Try a task that killed a worker again, then its records one by one; yield what is given up."""
+        task.attempts += 1
+        if (whole := task.whole) is not None:
+            whole.attempts += 1
+            if whole.attempts >= _ATTEMPTS:  # it is not one record that kills but what all have, as their image
+                alike = [one for one in again if one.whole is whole]
+                for one in alike:
+                    again.remove(one)
+                yield from ((one.bundle, _given_up(one.bundle, code)) for one in (task, *alike))
+                return
+        if task.attempts < _ATTEMPTS:
+            again.append(task)
+        elif task.divisible:
+            again.extend(task.apart())
+        else:
+            yield task.bundle, _given_up(task.bundle, code)
 
     def _replace(self, dead: _Worker) -> int:
         self.deaths += 1
-        code = dead.end()
-        if self.deaths > 20 + 4 * len(self._workers):
-            raise GarserveError(f"workers keep dying ({self.deaths} times, exit code {code}): is there memory enough?")
+        code, deaths = dead.end(), self._deaths_in_row
+        if deaths > _DEATHS_IN_ROW + _DEATHS_A_WORKER * len(self._workers):
+            raise GarserveError(
+                f"workers keep dying ({deaths} times in a row, exit code {code}): is there memory enough?"
+            )
         self._workers.remove(dead)
         self._workers.append(_Worker(self._preparation, self._command))
         return code

@@ -1,6 +1,8 @@
 """From a bundle of records to a parcel of prepared requests: all that is done before the engine, in workers or here."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -92,23 +94,18 @@ class Preparer:
             if record.error is not None:
                 errors[position] = record.error
                 continue
-            try:
+            with _noted(errors, position):
                 if isinstance(record.image, str) and record.image.endswith(SUFFIX):
                     entries += [self._encoded(position, record)] if bundle.wanted[position] else []
                     continue
                 image = _image(record) if image is None else image
                 drawn.append(self._draw(position, record, image))
-            except MemoryError:
-                errors[position] = "out of memory while it was prepared"
-            except InputError as error:
-                errors[position] = str(error)
-            except Exception as error:  # whatever a record holds, the others go on
-                errors[position] = f"request cannot be prepared ({type(error).__name__}: {error})"
         size = min(self._how.group, self._processor.config.prompt_count) if drawn else 1
         for group in group_records(drawn, size, self._how.group_gap):
             if image is not None and any(bundle.wanted[one.position] for one in group):
-                found, tiles = self._entries(group, image)
+                found, made = self._entries(group, image, errors)
                 entries += [entry for entry in found if bundle.wanted[entry.record]]
+                tiles = tiles if made is None else made
         wanted = {position for position, flag in enumerate(bundle.wanted) if flag}
         regions = {one.position: [encoded(mask) for mask in one.masks] for one in drawn if one.position in wanted}
         errors = {position: error for position, error in errors.items() if position in wanted}
@@ -144,12 +141,15 @@ class Preparer:
             **options,
         )
 
-    def _entries(self, group: list[Drawn], image: NDArray[np.uint8]) -> tuple[list[Entry], NDArray[np.uint8]]:
+    def _entries(
+        self, group: list[Drawn], image: NDArray[np.uint8], errors: dict[int, str]
+    ) -> tuple[list[Entry], NDArray[np.uint8] | None]:
+        """Return entries, and the image's tiles where there are any; what cannot be prepared goes to `errors`."""
         grouped = self._how.group > 1 and is_groupable(group[0].request)
         masks = [mask for one in group for mask in one.masks]
         boxes = [box for one in group for box in one.boxes]
         entries: list[Entry] = []
-        tiles = np.zeros(0, np.uint8)
+        tiles: NDArray[np.uint8] | None = None
         shared: NDArray[np.uint8] | None = None
         for number, one in enumerate(group):
             request = one.request
@@ -158,11 +158,25 @@ class Preparer:
                 regions = [region for member in group for region in member.request.regions]
                 request = replace(request, regions=regions, question=renamed(request.question, number), focus=[number])
                 form = f"group of {len(group)}"
-            prepared = self._processor.prepare(request, image, masks, boxes)
-            tiles = prepared.items[0].tiles.numpy()
-            shared = prepared.items[0].masks.numpy() if shared is None else shared
-            entries.append(_entry(one.position, request, prepared, shared, form))
+            with _noted(errors, one.position):
+                prepared = self._processor.prepare(request, image, masks, boxes)
+                shared = prepared.items[0].masks.numpy() if shared is None else shared
+                entries.append(_entry(one.position, request, prepared, shared, form))
+                tiles = prepared.items[0].tiles.numpy()
         return entries, tiles
+
+
+@contextmanager
+def _noted(errors: dict[int, str], position: int) -> Iterator[None]:
+    """Make what is wrong with a record, whatever it is, the error of its position: the others go on."""
+    try:
+        yield
+    except MemoryError:
+        errors[position] = "out of memory while it was prepared"
+    except InputError as error:
+        errors[position] = str(error)
+    except Exception as error:
+        errors[position] = f"request cannot be prepared ({type(error).__name__}: {error})"
 
 
 def _form(request: RegionRequest) -> str:

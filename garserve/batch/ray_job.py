@@ -7,18 +7,20 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 from garserve.batch.identity import check_job
-from garserve.batch.journal import OutputError
+from garserve.batch.journal import OutputError, part_paths
 from garserve.batch.ledger import Ledger
 from garserve.batch.limits import Halt, Stop
-from garserve.batch.parts import Parts, part_paths
+from garserve.batch.parts import Parts
 from garserve.batch.ray_cluster import Engines, Placement, cluster, ray_module
 from garserve.batch.rows import error_row
 from garserve.batch.run import Plan
 from garserve.batch.selection import Selection
 from garserve.batch.totals import Totals
+from garserve.checkpoint import TINY
 from garserve.engine import Engine
 from garserve.errors import GarserveError, RequestError
 
@@ -52,9 +54,13 @@ class RayJob:
         rows_a_part: int | None = None,
         verbose: bool = False,
     ) -> None:
-        """Prepare a run of `plan`, whose output is a folder; the nodes load `checkpoint` with `options`."""
-        self._plan, self._engines, self._verbose = plan, engines, verbose
-        self._checkpoint, self._backend, self._options = checkpoint, backend, options
+        """Prepare a run of `plan`, whose output is a folder; the nodes load `checkpoint` with `options`.
+
+        Relative paths are taken from this process's working directory: Ray's processes have another one.
+        """
+        self._plan, self._engines, self._verbose = plan.absolute(), engines, verbose
+        self._checkpoint, self._backend = _whole(checkpoint), backend
+        self._options = {name: one.absolute() if isinstance(one, Path) else one for name, one in options.items()}
         self._part_options = {} if rows_a_part is None else {"rows_a_part": rows_a_part}
         self.stop, self.totals = stop or Stop(), totals or Totals()
         self.pids: set[int] = set()  # of the actors that have answered, on whichever nodes
@@ -73,13 +79,14 @@ class RayJob:
         """
         plan = self._plan
         ray_module()
-        self._selection = plan.selection(plan.open_source())
+        source = plan.open_source()
+        self._selection = plan.selection(source)
         with ExitStack() as stack:
             self._parts = stack.enter_context(Parts(plan.output, **self._part_options))
             description = plan.description()
             check_job(self._parts, description, mix=plan.mix)
             if plan.retry_errors:
-                self._parts.drop_errors()
+                plan.drop_errors(source, self._parts)
             self._ledger = Ledger()
             stack.callback(self._ledger.close)
             self.totals.before = self._ledger.answered(self.totals.counting(self._parts.rows()))
@@ -105,7 +112,8 @@ class RayJob:
         """Ask until everything has its row; what loses every engine that is asked becomes error rows."""
         for number in range(_PASSES):
             records = max(self._plan.limits.in_flight // 2, 1) if number == 0 else 1
-            self._pass(placement, digest, records)
+            with self.stop.watching():
+                self._pass(placement, digest, records)
             if self.stop.halt:
                 return False
             if self._complete():
@@ -241,6 +249,11 @@ def _this_node(ray: Any) -> str:
     here = ray.get_runtime_context().get_node_id()
     resources = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
     return next(name for name in resources if name.startswith("node:") and name != "node:__internal_head__")
+
+
+def _whole(checkpoint: str) -> str:
+    """Return a local folder's whole path, and every other name of a checkpoint as it is."""
+    return str(Path(checkpoint).absolute()) if checkpoint != TINY and Path(checkpoint).is_dir() else checkpoint
 
 
 def _put(tables: "queue.Queue[Any]", item: Any, over: threading.Event) -> None:

@@ -2,8 +2,8 @@
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from garserve.batch.job import Job
 from garserve.batch.journal import Journal
 from garserve.batch.ledger import Ledger
 from garserve.batch.limits import Limits, Stop
+from garserve.batch.parts import Parts
 from garserve.batch.pool import WorkerPool
 from garserve.batch.prepare import Preparation
 from garserve.batch.selection import Selection
@@ -31,7 +32,7 @@ class Plan:
     """Everything that a person says about a job. `workers` 0 prepares in a thread of this process.
 
     `mix` adds to an output that another checkpoint, prompt, tiling or input began; `retry_errors` asks error rows
-    again.
+    again, of the records that the filters let through.
     """
 
     input: Path
@@ -45,6 +46,7 @@ class Plan:
     mix: bool = False
     retry_errors: bool = False
     vision: str | None = None  # what computes tiles, where it is not the tower in torch
+    folders: tuple[Path, ...] = ()  # where images lie, as shards name them; by default seen from the input
 
     def open_source(self) -> Source:
         """Open the input; RequestError where it cannot be read, or where the output would overwrite it."""
@@ -54,10 +56,35 @@ class Plan:
 
     def selection(self, source: Source) -> Selection:
         """Return what of the source is asked."""
+        folders = self.folders or self._folders()
+        return Selection(source, self.filters, self.preparation.group, self.reading.each_region, self.mix, folders)
+
+    def absolute(self) -> "Plan":
+        """Return the plan for a process with another working directory: the same files, records and shards."""
+        images, masks = (folder and folder.absolute() for folder in (self.reading.images, self.reading.masks))
+        return replace(
+            self,
+            input=self.input.absolute(),
+            output=self.output.absolute(),
+            reading=replace(self.reading, images=images, masks=masks),
+            folders=self.folders or self._folders(),  # a path's parents are other ones when it is whole
+        )
+
+    def drop_errors(self, source: Source, output: Journal | Parts) -> None:
+        """Take the error rows that are asked again out of an output: all, or those that the filters let through."""
+        if self.filters == Filters():
+            output.drop_errors()
+            return
+        with closing(Ledger()) as read, closing(Ledger()) as chosen:
+            for bundle in self.selection(source).bundles(read):
+                for record in bundle.records:
+                    chosen.note({"id": record.key})
+            output.drop_errors(lambda identity: chosen.digest(identity) is not None)
+
+    def _folders(self) -> tuple[Path, ...]:
         beside = self.input if self.input.is_dir() else self.input.parent
         named = [folder for folder in (self.reading.images, beside, beside.parent) if folder is not None]
-        folders = tuple(Path(os.path.abspath(folder)) for folder in named)
-        return Selection(source, self.filters, self.preparation.group, self.reading.each_region, self.mix, folders)
+        return tuple(Path(os.path.abspath(folder)) for folder in named)
 
     def description(self) -> dict[str, Any]:
         """Return what texts depend on."""
@@ -83,7 +110,7 @@ def run_job(
         journal = stack.enter_context(Journal(plan.output))
         check_job(journal, plan.description(), mix=plan.mix)
         if plan.retry_errors:
-            journal.drop_errors()
+            plan.drop_errors(source, journal)
         ledger = Ledger()
         stack.callback(ledger.close)
         totals.before = ledger.answered(totals.counting(journal.rows()))

@@ -140,7 +140,7 @@ def image_folders(path: Path, reading: Reading) -> list[Path]:
     if reading.images is not None:
         return [reading.images]
     split = path.stem.rsplit("_", 1)[-1]
-    beside, above = path.parent, path.parent.parent
+    beside, above = path.parent, Path(os.path.normpath(path.parent / ".."))
     near = [beside, beside / "images", above / split, above / "images" / split, above, above / "images"]
     return [folder for folder in near if os.path.isdir(folder)]
 

@@ -28,13 +28,13 @@ class Totals:
     begun: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
 
-    def add_row(self, row: Mapping[str, Any]) -> None:
-        """Count a row of the output."""
+    def add_row(self, row: Mapping[str, Any], regions: int = 1) -> None:
+        """Count a row of the output; `regions` are its regions where it does not hold them, as of an encoded image."""
         self.rows += 1
         if "error" in row:
             self.errors += 1
             return
-        self.regions += len(row["regions"]) or 1
+        self.regions += len(row["regions"]) or regions
         self.prompt_tokens += row["prompt_tokens"]
         self.cached_tokens += row["cached_tokens"]
         self.answer_tokens += row["answer_tokens"]

@@ -36,7 +36,7 @@ def startup(checkpoint: str, backend: str, runs: int) -> Result:
     """
     found: list[dict[str, float]] = []
     for _ in range(runs):
-        command = [sys.executable, "-c", _SCRIPT, checkpoint, backend]
+        command = [sys.executable, "-P", "-c", _SCRIPT, checkpoint, backend]
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
         if done.returncode or not lines:
