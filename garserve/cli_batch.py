@@ -46,6 +46,7 @@ from garserve.cli_batch_options import (
     TemperatureOption,
     WorkersOption,
 )
+from garserve.cli_batch_targets import Targets
 from garserve.cli_options import (
     Backend,
     BoxScaleOption,
@@ -61,7 +62,7 @@ from garserve.cli_options import (
     parse_engine_options,
 )
 from garserve.cli_shared import console, engine_options, load_engine, status_console
-from garserve.errors import GarserveError, RequestError
+from garserve.errors import RequestError
 
 if TYPE_CHECKING:
     from garserve.batch.filters import Filters
@@ -156,42 +157,22 @@ def batch(
         retry_errors=retry_errors,
         vision=None if vision_backend is None and vision_model is None else f"{vision_backend} {vision_model}",
     )
-    targets = _Targets(coco, parquet, metrics_file)
-    _check_targets(plan, targets, ids)
+    targets = Targets(coco, parquet, metrics_file)
+    targets.check(plan, ids)
     cluster = _engines(ray, engines, engine_cpus, engine_gpus)
     choices: dict[str, Any] = {"max_num_tiles": max_num_tiles, "box_scale": box_scale, "tile_cache_gb": tile_cache_gb}
     choices |= {"vision_backend": vision_backend, "vision_model": vision_model}
     stop = Stop()
     totals = _run(plan, _Loading(checkpoint, backend, engine_option, verbose, choices), cluster, stop)
-    numbers = _finish(plan, targets, stop, totals)
+    if stop.reason is None:
+        targets.write(plan)
+    numbers = {"output": str(output), **totals.as_json(), "stopped": stop.reason}
+    targets.write_metrics(numbers)
     if as_json:
         typer.echo(json.dumps(numbers))
     else:
         console.print(summary(totals, output))
     raise typer.Exit(_exit_code(stop, totals))
-
-
-@dataclass(frozen=True)
-class _Targets:
-    """What is written beside the output when all is answered, and the numbers of the run."""
-
-    coco: Path | None
-    parquet: Path | None
-    metrics: Path | None
-
-
-def _check_targets(plan: "Plan", targets: _Targets, ids: Path | None) -> None:
-    """Check before anything begins that what is written at the end can be; RequestError names the option if not."""
-    from garserve.batch.outputs import check_apart, check_coco, check_parquet
-
-    coco, parquet, metrics = targets.coco, targets.parquet, targets.metrics
-    if metrics is not None and not metrics.parent.is_dir():
-        raise RequestError(f"--metrics-file {metrics}: no such folder: {metrics.parent}")
-    if coco is not None:
-        check_coco(plan.input, plan.format, coco, each_region=plan.reading.each_region)
-    if parquet is not None:
-        check_parquet(plan.input, parquet)
-    check_apart(input=plan.input, output=plan.output, coco=coco, parquet=parquet, metrics_file=metrics, ids=ids)
 
 
 def _engines(ray: str | None, count: int | None, cpus: float | None, gpus: float | None) -> "Engines | None":
@@ -246,20 +227,6 @@ def _run(plan: "Plan", loading: _Loading, cluster: "Engines | None", stop: "Stop
     return totals
 
 
-def _finish(plan: "Plan", targets: _Targets, stop: "Stop", totals: "Totals") -> dict[str, object]:
-    """Write what is written at the end, and return the numbers of the run."""
-    from garserve.batch.outputs import write_coco, write_parquet
-
-    if stop.reason is None and targets.coco is not None:
-        write_coco(plan.input, plan.output, targets.coco)
-    if stop.reason is None and targets.parquet is not None:
-        write_parquet(plan.output, targets.parquet)
-    numbers = {"output": str(plan.output), **totals.as_json(), "stopped": stop.reason}
-    if targets.metrics is not None:
-        _write_metrics(targets.metrics, numbers)
-    return numbers
-
-
 def _filters(
     category: list[str] | None,
     min_area: float | None,
@@ -309,13 +276,6 @@ def _signals(stop: "Stop") -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _write_metrics(path: Path, numbers: dict[str, object]) -> None:
-    try:
-        path.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise GarserveError(f"--metrics-file {path}: cannot be written ({error.strerror})") from None
 
 
 def _exit_code(stop: "Stop", totals: "Totals") -> int:

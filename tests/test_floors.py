@@ -43,6 +43,7 @@ FLOORS = {
     "garserve.cli_batch": 8,
     "garserve.cli_bench": 8,
     "garserve.cli_batch_options": 7,
+    "garserve.cli_batch_targets": 7,
     "garserve.cli_report": 8,
     "garserve.cli_eval": 8,
     "garserve.cli_doctor": 8,
