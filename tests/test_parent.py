@@ -15,6 +15,7 @@ SPAWN = multiprocessing.get_context("spawn")
 
 
 def child(own: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background begins with it ignored
     follow_parent()
     own.send((os.getpid(), signal.getsignal(signal.SIGINT) == signal.SIG_IGN))
     time.sleep(60)
