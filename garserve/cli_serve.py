@@ -5,7 +5,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -95,28 +95,29 @@ def serve(
     """
     from garserve.serving.launch import Launch
     from garserve.serving.launch import serve as run
-    from garserve.serving.settings import Settings, keys_of_environment
+    from garserve.serving.settings import Settings
 
     if image_folder is not None and not image_folder.is_dir():
         raise RequestError(f"--image-folder {image_folder}: no such folder")
-    settings = replace(
-        Settings.from_environment(),
-        api_keys=keys_of_environment() if api_key_file is None else _keys(api_key_file),
-        max_body_bytes=int(max_body_mb * _MIB),
-        max_image_bytes=int(max_image_mb * _MIB),
-        max_pixels=max_pixels,
-        max_regions=max_regions,
-        max_points=max_points,
-        max_queue=max_queue,
-        body_seconds=body_seconds,
-        send_seconds=send_seconds,
-        request_seconds=request_seconds,
-        drain_seconds=drain_seconds,
-        image_hosts=tuple(image_host or ()),
-        image_folder=image_folder,
-        prepare_threads=prepare_threads,
-        log_format=log_format,
-    )
+    chosen: dict[str, Any] = {
+        "max_body_bytes": int(max_body_mb * _MIB),
+        "max_image_bytes": int(max_image_mb * _MIB),
+        "max_pixels": max_pixels,
+        "max_regions": max_regions,
+        "max_points": max_points,
+        "max_queue": max_queue,
+        "body_seconds": body_seconds,
+        "send_seconds": send_seconds,
+        "request_seconds": request_seconds,
+        "drain_seconds": drain_seconds,
+        "image_hosts": tuple(image_host or ()),
+        "image_folder": image_folder,
+        "prepare_threads": prepare_threads,
+        "log_format": log_format,
+    }
+    settings = replace(Settings.from_environment(given=chosen), **chosen)
+    if api_key_file is not None:
+        settings = replace(settings, api_keys=_keys(api_key_file))
     launch = Launch(
         checkpoint=checkpoint,
         settings=settings,

@@ -267,7 +267,7 @@ def test_errors_outside_the_filters_stay(mini: Path, tmp_path: Path, filters: di
     totals = run_echo(source, out, mini, retry_errors=True, filters=Filters(**filters))
     found = {row["id"]: row for row in rows(out)}
     assert len(rows(out)) == len(found) == 12
-    assert (totals.rows, totals.errors, totals.errors_before) == (totals.rows, 0, 6 - totals.rows)
+    assert (totals.errors, totals.errors_before) == (0, 6 - totals.rows)
     assert 0 < totals.rows < 6
     answered = {name for name in found if "error" not in found[name]} - {f"r{i}" for i in range(0, 12, 2)}
     assert len(answered) == totals.rows

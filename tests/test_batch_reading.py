@@ -17,7 +17,7 @@ from garserve.batch.filters import Filters, region_area
 from garserve.batch.ledger import Ledger
 from garserve.batch.lines import count_lines
 from garserve.batch.outputs import check_apart, check_coco, check_parquet
-from garserve.batch.prepare import encoded, image_content
+from garserve.batch.prepare import _region, encoded, image_content
 from garserve.batch.record import Id, Record
 from garserve.batch.selection import Selection
 from garserve.batch.source import Format, Reading
@@ -308,6 +308,21 @@ def test_images_above_a_file_named_without_its_folder(tmp_path: Path, monkeypatc
         monkeypatch.chdir(tmp_path / folder)
         (record,) = asked(Path(path))
         assert os.path.abspath(str(record.image)) == str(tmp_path / "val2017" / "a.png")
+
+
+def test_a_palette_does_not_turn_a_mask_of_a_folder_inside_out(tmp_path: Path) -> None:
+    """Values of such masks mark regions, whatever colours they have; 0 is the background."""
+    values = np.zeros((10, 10), np.uint8)
+    values[2:5, 2:5] = 1
+    for name, palette in (("black", [0, 0, 0, 255, 0, 0]), ("white", [255, 255, 255, 0, 0, 0])):
+        Image.new("RGB", (10, 10)).save(tmp_path / f"{name}.jpg")
+        mask = Image.fromarray(values).convert("P")
+        mask.putpalette(palette)
+        mask.save(tmp_path / f"{name}.png")
+    for record in asked(tmp_path, Format.folder):
+        (region,) = record.regions
+        assert record.area == _region(region).mask(10, 10).sum() == 9
+        assert ("value" in region) == (record.id == "white"), "what others have is as it was"
 
 
 def test_masks_of_openai_lines_lie_where_their_images_do(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_tiny_and_very_wide_images() -> None:
         (12, "expected a path, bytes, data URL, PIL image or array, got int"),
         ("a\0b.png", "cannot be read"),
         (Image.new("F", (2, 2), 0.5), "mode F"),
-        (Image.new("I", (2, 2), 200), "mode I with values 200..200; expected 16 bits"),
+        (Image.new("I", (2, 2), 200), "mode I with values up to 200; expected 16 bits"),
     ],
 )
 def test_refused(source: object, message: str) -> None:

@@ -4,8 +4,10 @@ import asyncio
 import base64
 import io
 import logging
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -97,6 +99,115 @@ def test_pictures_wait_for_room_before_they_are_decoded(processor: Processor) ->
         preparer.close()
 
     asyncio.run(some())
+
+
+class Engine:
+    """Answers with one token each; stops before the answer where `let` is not set, and fails where told."""
+
+    def __init__(self, *, fails: bool = False) -> None:
+        self.let, self.fails, self.asked = asyncio.Event(), fails, 0
+
+    async def generate(self, *_: Any) -> AsyncIterator[Any]:
+        self.asked += 1
+        await self.let.wait()
+        if self.fails:
+            raise RuntimeError
+        yield SimpleNamespace(outputs=[SimpleNamespace(text="red", token_ids=[1], finish_reason="stop")])
+
+
+def description(processor: Processor, engine: Engine, regions: int) -> tuple[Any, Any]:
+    """A description of so many regions of a picture of 50 x 60, and the service that it is made with."""
+    from garserve.serving.describe import _Job
+    from garserve.serving.preparation import Preparer
+    from garserve.serving.schemas import DescribeRequest
+    from garserve.serving.service import Service
+    from garserve.serving.settings import Settings
+
+    settings = Settings(describe_in_flight=4, regions_in_flight=3)
+    made: dict[str, Any] = {"admission": None, "chat": None, "engine": engine, "stop_id": 1, "model_names": ["tiny"]}
+    own = Service(settings=settings, preparer=Preparer(processor, settings), max_model_len=4096, **made)
+    body = DescribeRequest(image=data_url(50, 60), regions=[{"box": [1, 1, 9 + i, 9]} for i in range(regions)])
+    request: Any = SimpleNamespace(scope={"garserve.request_id": "r"})
+    return _Job(own, body, request), own
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not true():
+            await asyncio.sleep(0.005)
+
+
+def test_a_description_has_room_until_its_regions_are_prepared(processor: Processor) -> None:
+    async def some() -> None:
+        engine = Engine()
+        job, own = description(processor, engine, 3)
+        work = asyncio.ensure_future(job.whole())
+        await until(lambda: engine.asked == 3)
+        assert own.preparer._budget.held == 0, "captions need no pixels"
+        engine.let.set()
+        assert [item["text"] for item in (await work)["descriptions"]] == ["red"] * 3
+        own.preparer.close()
+
+    asyncio.run(some())
+
+
+def test_regions_of_all_descriptions_share_their_places(processor: Processor) -> None:
+    async def some() -> None:
+        engine = Engine()
+        job, own = description(processor, engine, 5)
+        work = asyncio.ensure_future(job.whole())
+        await until(lambda: engine.asked == 3)
+        await asyncio.sleep(0.1)
+        assert engine.asked == 3
+        assert own.preparer._budget.held == 3_000, "two regions are not prepared yet"
+        engine.let.set()
+        assert len((await work)["descriptions"]) == 5
+        assert (own.preparer._budget.held, own.region_places._value) == (0, 3)
+        own.preparer.close()
+
+    asyncio.run(some())
+
+
+@pytest.mark.parametrize("how", ["fails", "is cancelled"])
+def test_a_description_gives_its_room_back_however_it_ends(processor: Processor, how: str) -> None:
+    from garserve.serving.errors import APIError
+
+    async def some() -> None:
+        engine = Engine(fails=how == "fails")
+        job, own = description(processor, engine, 5)
+        work = asyncio.ensure_future(job.whole())
+        await until(lambda: engine.asked == 3)
+        if how == "fails":
+            engine.let.set()
+            with pytest.raises(APIError):
+                await work
+        else:
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+        await until(lambda: own.preparer._budget.held == 0 and own.region_places._value == 3)
+        own.preparer.close()
+
+    asyncio.run(some())
+
+
+def test_variables_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    from garserve.errors import RequestError
+    from garserve.serving.settings import Settings
+
+    monkeypatch.setenv("GARSERVE_SERVE_REGIONS_IN_FLIGHT", "7")
+    monkeypatch.setenv("GARSERVE_SERVE_API_KEYS", "a, b")
+    monkeypatch.setenv("GARSERVE_SERVE_PREPARE_THREADS", "0")
+    found = Settings.from_environment(given=["max_queue"])
+    assert (found.regions_in_flight, found.api_keys, found.prepare_threads) == (7, ("a", "b"), 0)
+    for value in ("0", "-1", "x", "1.5"):
+        monkeypatch.setenv("GARSERVE_SERVE_REGIONS_IN_FLIGHT", value)
+        with pytest.raises(RequestError, match="GARSERVE_SERVE_REGIONS_IN_FLIGHT: expected"):
+            Settings.from_environment()
+    monkeypatch.delenv("GARSERVE_SERVE_REGIONS_IN_FLIGHT")
+    monkeypatch.setenv("GARSERVE_SERVE_MAX_QUEUE", "7")
+    assert Settings.from_environment().max_queue == 7
+    with pytest.raises(RequestError, match="GARSERVE_SERVE_MAX_QUEUE: has an option of garserve serve"):
+        Settings.from_environment(given=["max_queue"])
 
 
 def test_threads_that_want_the_same_tiles_make_them_once(processor: Processor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,8 +229,7 @@ def image_content(image: ImageRef) -> str | bytes:
 
 def _region(data: Any) -> Region:
     if isinstance(data, dict) and set(data) == {"mask", "value"}:
-        values, _ = read_values(Path(data["mask"]))
-        return Region.from_mask(values == data["value"])
+        return Region.from_mask(read_values(Path(data["mask"])) == data["value"])
     return Region.parse(data)
 
 

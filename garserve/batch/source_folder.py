@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from garserve.batch.record import Record
 from garserve.batch.source import Reading
@@ -51,14 +52,14 @@ class FolderSource:
         try:
             if not os.path.isfile(mask):
                 raise RequestError(f"mask: no such file: {mask}")
-            values, border = mask_values(mask)
+            values, named = mask_values(mask)
         except InputError as error:
             yield Record(place, image.stem, image_name=name, error=str(error))
             return
         path = os.path.abspath(mask)
         if len(values) <= 1:  # none at all is refused where the region is drawn
             region: dict[str, Any] = {"mask": path}
-            if border and values:
+            if named and values:
                 region["value"] = next(iter(values))
             yield Record(place, image.stem, name, name, (region,), area=sum(values.values()))
             return
@@ -68,18 +69,25 @@ class FolderSource:
 
 
 def mask_values(path: Path) -> tuple[dict[int, int], bool]:
-    """Return the values of a mask picture that mark regions, with their pixels, and whether it has a border, too."""
-    array, palette = read_values(path)
-    values, counts = np.unique(array, return_counts=True)
+    """Return the values of a mask picture that mark regions, with their pixels; and whether one alone has to be named:
+    there is a border, too, or the palette's colours would say something else than its values.
+    """
+    picture = _mask_picture(path)
+    palette = picture.mode == "P"
+    values, counts = np.unique(np.asarray(picture), return_counts=True)
     found = {int(value): int(count) for value, count in zip(values, counts, strict=True) if value != 0}
     border = palette and len(found) > 1 and found.pop(_VOID, None) is not None
-    return found, border
+    coloured = palette and ("transparency" in picture.info or any((picture.getpalette("RGB") or [0])[:3]))
+    return found, border or coloured
 
 
-def read_values(path: Path) -> tuple[NDArray[Any], bool]:
-    """Return a mask picture's values [H, W] and whether it has a palette; ImageError, or RequestError if coloured."""
+def read_values(path: Path) -> NDArray[Any]:
+    """Return a mask picture's values [H, W]; ImageError, or RequestError where it is coloured."""
+    return np.asarray(_mask_picture(path))
+
+
+def _mask_picture(path: Path) -> Image.Image:
     picture = load_mask(path)
-    array = np.asarray(picture)
-    if array.ndim != 2:
+    if len(picture.getbands()) > 1:
         raise RequestError(f"mask {path}: expected a grey, black-and-white or palette picture, got mode {picture.mode}")
-    return array, picture.mode == "P"
+    return picture

@@ -46,7 +46,7 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> NDArray[
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image):
-        return _guarded("image", lambda: _to_rgb(source, "image", max_pixels))
+        return _guarded("image", lambda: _to_rgb(_of_caller(source), "image", max_pixels))
     file, name = _open_bytes(source)
     with file:
         return _guarded(name, lambda: _to_rgb(open_picture(file, name, max_pixels), name, max_pixels))
@@ -170,6 +170,13 @@ def _open_bytes(source: str | os.PathLike[str] | bytes) -> tuple[BinaryIO, str]:
     raise ImageError(f"image: expected a path, bytes, data URL, PIL image or array, got {type(source).__name__}")
 
 
+def _of_caller(image: Image.Image) -> Image.Image:
+    """Return a PIL image; ImageError for 8 bits in mode I, which is read as 16 bits, and would be black."""
+    if image.mode == "I" and image.format is None and 0 < (high := int(np.asarray(decoded(image)).max())) < 256:
+        raise ImageError(f"image: mode I with values up to {high}; expected 16 bits; convert 8 bits to mode L")
+    return image
+
+
 def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> NDArray[np.uint8]:
     _check_size(image, name, max_pixels)
     image = _upright(image)
@@ -200,8 +207,6 @@ def _from_wide(image: Image.Image, name: str) -> Image.Image:
     low, high = float(values.min()), float(values.max())
     if image.mode == "F" or low < 0 or high > 65535:
         raise ImageError(f"{name}: mode {image.mode} with values {low:g}..{high:g}; expected 8 or 16 bits a channel")
-    if 0 < high < 256:  # as 16 bits it would be black
-        raise ImageError(f"{name}: mode I with values {low:g}..{high:g}; expected 16 bits; convert 8 bits to mode L")
     return Image.fromarray((values.astype(np.uint32) >> 8).astype(np.uint8))
 
 

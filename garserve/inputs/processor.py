@@ -205,27 +205,23 @@ class Processor:
 
     def _tiled(self, image: NDArray[np.uint8]) -> _Pixels:
         """Return an image's tiles; who asks for those that another thread is making waits for them."""
-        key = self._names(image, self.max_num_tiles)
-        with self._lock:
-            kept = self._kept.get(key)
-            if kept is not None:
+        key, made = self._names(image, self.max_num_tiles), Future[_Pixels]()
+        try:
+            with self._lock:
+                kept = self._kept.setdefault(key, made)
                 self._kept.move_to_end(key)
-            else:
-                made = self._kept[key] = Future()
                 while len(self._kept) > self._kept_images:
                     self._kept.popitem(last=False)
-        if kept is not None:
-            return kept.result()
-        try:
-            tiled = tile_image(image, self.max_num_tiles, self.config.tile_size)
-            made.set_result(_Pixels(tiled, tuple(blake3(tile.data).digest() for tile in tiled.tiles.numpy())))
+            if kept is made:
+                tiled = tile_image(image, self.max_num_tiles, self.config.tile_size)
+                made.set_result(_Pixels(tiled, tuple(blake3(tile.data).digest() for tile in tiled.tiles.numpy())))
         except BaseException as error:
             with self._lock:
                 if self._kept.get(key) is made:
                     del self._kept[key]
             made.set_exception(error)
             raise
-        return made.result()
+        return kept.result()
 
 
 def draw_masks(regions: Sequence[Region], height: int, width: int) -> list[Mask]:

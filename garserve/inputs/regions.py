@@ -177,7 +177,9 @@ def _numbers(kind: str, values: Any, count: int | None = None) -> Any:
 
 
 def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim > 0)
+    if isinstance(value, np.ndarray):
+        return value.ndim > 0
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def _points(kind: str, points: Any) -> tuple[tuple[float, float], ...]:

@@ -60,7 +60,7 @@ class _Job:
         self._model = body.model or own.model_names[0]
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
         self._work: asyncio.Task[None] | None = None
-        self._done: list[dict[str, Any]] = []
+        self._unprepared = 0
 
     async def begin(self) -> list[dict[str, Any]]:
         """Start, and return the first results, up to one that is no error. Raises APIError where all are errors."""
@@ -133,30 +133,42 @@ class _Job:
 
     async def _describe_all(self, picture: Picture, regions: Sequence[Region | str], opened: AsyncExitStack) -> None:
         places = asyncio.Semaphore(self._own.settings.describe_in_flight)
+        self._unprepared = len(regions)
         try:
             async with opened, asyncio.TaskGroup() as group:
                 for index, region in enumerate(regions):
                     await places.acquire()
-                    task = group.create_task(self._describe(index, picture, region))
+                    task = group.create_task(self._describe(index, picture, region, opened))
                     task.add_done_callback(lambda _: places.release())
+                del picture
         except BaseExceptionGroup as failed:
             worst = next(error for error in failed.exceptions if isinstance(error, Exception))
             self._queue.put_nowait(as_api_error(worst, self._request))
         else:
             self._queue.put_nowait(_ENDED)
 
-    async def _describe(self, index: int, picture: Picture, region: Region | str) -> None:
-        own = self._own
-        async with own.region_places:
-            try:
-                prepared = await own.preparer.run(own.preparer.prepare, picture, [region])
-                own.check_length(len(prepared.token_ids), "regions[0]")
-            except (InputError, APIError) as refused:
-                error = as_api_error(refused, self._request).body()["error"]
-                error["message"] = error["message"].replace("regions[0]", f"regions[{index}]")
-                self._queue.put_nowait({"index": index, "error": {**error, "param": f"regions[{index}]"}})
-            else:
+    async def _describe(self, index: int, picture: Picture, region: Region | str, opened: AsyncExitStack) -> None:
+        async with self._own.region_places:
+            prepared = await self._prepare(index, picture, region)
+            del picture
+            self._unprepared -= 1
+            if self._unprepared == 0:  # captions need no pixels: others may have their room
+                await opened.aclose()
+            if prepared is not None:
                 await self._caption(index, prepared)
+
+    async def _prepare(self, index: int, picture: Picture, region: Region | str) -> PreparedRequest | None:
+        """Prepare one region; one that cannot be used has its error for a result, and is None."""
+        own = self._own
+        try:
+            prepared = await own.preparer.run(own.preparer.prepare, picture, [region])
+            own.check_length(len(prepared.token_ids), "regions[0]")
+        except (InputError, APIError) as refused:
+            error = as_api_error(refused, self._request).body()["error"]
+            error["message"] = error["message"].replace("regions[0]", f"regions[{index}]")
+            self._queue.put_nowait({"index": index, "error": {**error, "param": f"regions[{index}]"}})
+            return None
+        return prepared
 
     async def _caption(self, index: int, prepared: PreparedRequest) -> None:
         own, body, tokens = self._own, self._body, len(prepared.token_ids)

@@ -1,6 +1,7 @@
 """What an operator decides: who may ask, how much, and how long (everything picklable, for several API processes)."""
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ class Settings:
     max_body_bytes: int = 32 * _MIB
     max_image_bytes: int = 20 * _MIB
     max_pixels: int = 50_000_000
-    max_pixels_in_work: int = 400_000_000  # of all decoded images together, three bytes each; others wait
+    max_pixels_in_work: int = 1_000_000_000  # of all decoded images together, three bytes each; others wait
     max_regions: int = 256  # of a description; a chat takes as many as the checkpoint has prompts
     max_points: int = 10_000  # of one region: vertices of polygons, points, runs of an RLE are 32 times as many
     max_queue: int = 256  # requests in work or waiting
@@ -38,14 +39,16 @@ class Settings:
     log_format: str = "json"
 
     @classmethod
-    def from_environment(cls) -> "Settings":
-        """Return the defaults, changed by GARSERVE_SERVE_<FIELD> variables: for a plain `vllm serve`.
+    def from_environment(cls, *, given: Collection[str] = ()) -> "Settings":
+        """Return the defaults, changed by GARSERVE_SERVE_<FIELD> variables; `given` fields have options of their own.
 
-        Raises RequestError for a value that its field cannot take.
+        Raises RequestError for a value that its field cannot take, and for a variable of a field that is `given`.
         """
         chosen: dict[str, Any] = {}
         for field in fields(cls):
             text = os.environ.get(_PREFIX + field.name.upper())
+            if text is not None and field.name in given:
+                raise RequestError(f"{_PREFIX}{field.name.upper()}: has an option of garserve serve; use that")
             if text is not None:
                 chosen[field.name] = _read(field.name, text, field.default)
         if "api_keys" not in chosen:
@@ -64,7 +67,11 @@ def _read(name: str, text: str, default: Any) -> Any:
     if name == "image_folder":
         return Path(text)
     kind = type(default)
+    least = 1 if kind is int and default else 0
     try:
-        return kind(text)
+        value = kind(text)
     except ValueError:
         raise RequestError(f"{_PREFIX}{name.upper()}: expected {kind.__name__}, got {text!r:.80}") from None
+    if kind in (int, float) and not value >= least:
+        raise RequestError(f"{_PREFIX}{name.upper()}: expected at least {least}, got {text!r:.80}")
+    return value
