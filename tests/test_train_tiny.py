@@ -18,7 +18,9 @@ from garserve.model.reference import ReferenceGAR
 from garserve.presets import preset
 from tests.train_tiny import training_module
 
-pictures, questions, sequences = (training_module(name) for name in ("pictures", "questions", "sequences"))
+pictures, questions, sequences, batches = (
+    training_module(name) for name in ("pictures", "questions", "sequences", "batches")
+)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +116,7 @@ def test_packed_training_is_the_reference(checkpoint: Checkpoint, maker: object,
         RegionRequest(shown.image, shown.masks, one.text, system=system, check_names=False) for one in example.asked
     ]
     _, expected = reference.generate([processor(one) for one in requests], [1] * len(requests), maker.end)
-    batch = sequences.collate([example])
+    batch = batches.collate([example])
     with torch.inference_mode():
         hidden = model._decode(batch, *model._encode(batch))
         answers = batch.answers[0].bool()
@@ -127,8 +129,10 @@ def test_branches_lie_in_rows_whole_and_see_only_their_prefix(maker: object, sho
     known = questions.Known.of(shown)
     examples = [maker.multi(known, np.random.default_rng(seed)) for seed in range(4)]
     examples.append(maker.single(known, np.random.default_rng(9)))
-    batch = sequences.collate(examples)
-    assert (batch.ids.shape[1] - batch.prefix) % batch.row == 0
+    batch = batches.collate(examples)
+    columns = batch.ids.shape[1] - batch.prefix
+    assert columns % batch.row == 0
+    assert columns < max(_rows_of(one, 128) for one in examples) * 128  # narrower or wider rows: less padding
     for number, one in enumerate(examples):
         kept = batch.branch[number] >= 0
         assert batch.ids[number, kept].tolist() == one.ids.tolist()
@@ -150,10 +154,17 @@ def test_branches_lie_in_rows_whole_and_see_only_their_prefix(maker: object, sho
     assert int(seen[0, row, column].sum()) == int((examples[0].branch == 0).sum()) + 1  # the prefix and itself
 
 
+def _rows_of(example: object, width: int) -> int:
+    rows, free = 1, width
+    for length in example.branch.bincount().tolist()[1:]:
+        rows, free = (rows + 1, width - length) if length > free else (rows, free - length)
+    return rows
+
+
 def test_answers_are_taught_to_look_at_the_names_in_their_questions(maker: object, shown: object) -> None:
     known = questions.Known.of(shown)
     examples = [maker.multi(known, np.random.default_rng(seed)) for seed in range(8)]
-    batch = sequences.collate(examples)
+    batch = batches.collate(examples)
     found = training_module("hints").compared(batch).tolist()
     assert len({(row, column) for row, column, *_ in found}) == len(found)
     written = 0
@@ -176,7 +187,7 @@ def test_answers_are_taught_to_look_at_the_names_in_their_questions(maker: objec
 
 def test_attention_is_taught_to_be_even(checkpoint: Checkpoint, maker: object, shown: object) -> None:
     """Attention that is even over a token's past costs nothing where all of it is wanted, and log 2 where half is."""
-    batch = sequences.collate([maker.multi(questions.Known.of(shown), np.random.default_rng(0))])
+    batch = batches.collate([maker.multi(questions.Known.of(shown), np.random.default_rng(0))])
     decoder = training_module("network").TrainedGAR(checkpoint.config).language_model.model
     with torch.no_grad():
         decoder.layers[1].self_attn.q_proj.weight.zero_()
@@ -199,7 +210,7 @@ def test_every_hint_and_answer_can_be_learnt(checkpoint: Checkpoint, maker: obje
     model = training_module("network").TrainedGAR(checkpoint.config)
     optimizers = train._optimizers(model, 1e-3)
     known = questions.Known.of(shown)
-    parts = sequences.collate_by_length([maker.multi(known, np.random.default_rng(seed)) for seed in (1, 2)], 2)
+    parts = batches.collate_by_length([maker.multi(known, np.random.default_rng(seed)) for seed in (1, 2)], 2)
     weight = model.encoder.tower.blocks[0].attn.qkv.weight
     before = weight.detach().clone()
     rows = [train.train_step(model, optimizers, parts, 1e-3, decoder=True, frozen=True) for _ in range(6)]
@@ -218,7 +229,7 @@ def test_training_goes_on_where_it_stopped(
 ) -> None:
     train = training_module("train")
     known = questions.Known.of(shown)
-    parts = sequences.collate_by_length([maker.multi(known, np.random.default_rng(4))], 1)
+    parts = batches.collate_by_length([maker.multi(known, np.random.default_rng(4))], 1)
 
     def fresh(seed: int) -> tuple:
         torch.manual_seed(seed)

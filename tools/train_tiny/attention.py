@@ -1,7 +1,7 @@
 """Attention of sequences laid out as a Batch, where no branch sees another."""
 
 import torch
-from sequences import Batch
+from batches import Batch
 from torch import nn
 from torch.nn import functional
 from transformers import AttentionInterface

@@ -2,7 +2,8 @@
 
 import torch
 from attention import attention_scores
-from sequences import SHOWN, UNKNOWN, Batch
+from batches import Batch
+from sequences import SHOWN, UNKNOWN
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaModel
 

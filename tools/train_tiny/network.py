@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from attention import attention_scores, per_example, seen_by_rows
+from batches import Batch
 from hints import GUESSES, WORDS, attention_loss, compared, matched, mentions, name_places, options, shown_loss
 from questions import HINTED
-from sequences import UNKNOWN, Batch
+from sequences import UNKNOWN
 from torch import nn
 from torch.nn import functional
 from transformers import LlamaForCausalLM

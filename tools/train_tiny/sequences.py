@@ -24,7 +24,6 @@ from garserve.inputs.tiles import resize_bicubic, resize_nearest
 from garserve.inputs.tokenizer import GARTokenizer
 
 QUESTIONS = 10
-ROW = 128  # tokens of a row of branches, more where one branch is longer
 UNKNOWN = -100
 SHOWN = {"colour": COLOURS, "shape": SHAPES, "texture": TEXTURES}  # what hints ask of a region by words
 
@@ -202,88 +201,3 @@ class ExampleMaker:
 def _label_indices(labels: RegionLabels) -> list[int]:
     clear = [(getattr(labels, name), words) for name, words in SHOWN.items()]
     return [UNKNOWN if word is None else words.index(word) for word, words in clear]
-
-
-@dataclass
-class Batch:
-    """Examples put together: L columns are P of the longest prefix, then rows of branches, W columns each.
-
-    A branch lies in one row whole; columns left over are padding. So a row needs to see its prefix and itself only.
-    """
-
-    tiles: torch.Tensor
-    masks: torch.Tensor
-    down: torch.Tensor  # [all regions, n, n]
-    across: torch.Tensor
-    owner: torch.Tensor  # int64 [all regions]: the example of each region
-    prefix: int  # P
-    row: int  # W
-    ids: torch.Tensor  # [B, L]
-    answers: torch.Tensor
-    positions: torch.Tensor
-    branch: torch.Tensor  # -1 for padding
-    named: torch.Tensor
-    words: torch.Tensor
-    asked: list[list[Question]]
-    numbers: torch.Tensor  # [all regions]
-    names: torch.Tensor
-    labels: torch.Tensor  # [all regions, 3]
-    shapes: torch.Tensor
-
-
-def collate(examples: list[Example]) -> Batch:
-    """Put examples together."""
-    prefix = max(int((one.branch == 0).sum()) for one in examples)
-    row = max(ROW, *(int(one.branch.bincount()[1:].max()) for one in examples))
-    columns = [_columns(one, prefix, row) for one in examples]
-    length = max(prefix + row, *(_whole_rows(int(places[-1]) + 1 - prefix, row) + prefix for places in columns))
-
-    def laid_out(name: str, padding: int) -> torch.Tensor:
-        rows = torch.full((len(examples), length), padding, dtype=torch.long)
-        for number, (one, places) in enumerate(zip(examples, columns, strict=True)):
-            rows[number, places] = getattr(one, name).long()
-        return rows
-
-    return Batch(
-        torch.stack([one.tile for one in examples]),
-        torch.stack([one.mask for one in examples]),
-        torch.cat([one.down for one in examples]),
-        torch.cat([one.across for one in examples]),
-        torch.cat([torch.full((len(one.down),), i) for i, one in enumerate(examples)]),
-        prefix,
-        row,
-        laid_out("ids", 0),
-        laid_out("answers", 0),
-        laid_out("positions", 0),
-        laid_out("branch", -1),
-        laid_out("named", 0),
-        laid_out("words", UNKNOWN),
-        [one.asked for one in examples],
-        torch.cat([one.numbers for one in examples]),
-        torch.cat([one.names for one in examples]),
-        torch.cat([one.labels for one in examples]),
-        torch.cat([one.shapes for one in examples]),
-    )
-
-
-def _whole_rows(count: int, row: int) -> int:
-    return -(-count // row) * row
-
-
-def _columns(one: Example, prefix: int, row: int) -> torch.Tensor:
-    """Return the column of each token of an example: its prefix first, then branch after branch, row after row."""
-    lengths = one.branch.bincount().tolist()
-    columns, free = list(range(lengths[0])), prefix
-    for length in lengths[1:]:
-        used = (free - prefix) % row
-        if used + length > row:
-            free += row - used
-        columns += range(free, free + length)
-        free += length
-    return torch.tensor(columns)
-
-
-def collate_by_length(examples: list[Example], size: int = 4) -> list[Batch]:
-    """Put examples of like length together, `size` at a time: little padding, and activations that stay in cache."""
-    ordered = sorted(examples, key=lambda one: len(one.ids))
-    return [collate(ordered[start : start + size]) for start in range(0, len(ordered), size)]

@@ -13,6 +13,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from batches import Batch, collate, collate_by_length
 from muon import Muon
 from network import HEADS, TrainedGAR
 from pictures import HELD_OUT_PHOTOS, photograph, scene
@@ -20,7 +21,7 @@ from questions import vocabulary
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from schedule import Schedule
-from sequences import Batch, Example, ExampleMaker, collate, collate_by_length
+from sequences import Example, ExampleMaker
 from torch.utils.data import DataLoader, Dataset
 
 from garserve.checkpoint import HEAD, Checkpoint, expected_tensors, module_name
