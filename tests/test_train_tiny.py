@@ -1,6 +1,8 @@
 """How the tiny checkpoint is taught: its sequences are the prompts that garserve makes, its answers are true."""
 
 import re
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -203,7 +205,34 @@ def test_attention_is_taught_to_be_even(checkpoint: Checkpoint, maker: object, s
     torch.testing.assert_close(loss(decoder, 1, batch, hidden, queries, both), torch.tensor(2.0).log() / 2)
 
 
-def test_every_hint_and_answer_can_be_learnt(checkpoint: Checkpoint, maker: object, shown: object) -> None:
+@pytest.fixture
+def cores() -> Iterator[Executor]:
+    with training_module("train").one_threaded(2) as pool:
+        yield pool
+
+
+def test_parts_learnt_side_by_side_are_the_batch(
+    checkpoint: Checkpoint, maker: object, shown: object, cores: Executor
+) -> None:
+    """The gradients of parts in threads of their own are those of one part after another."""
+    train = training_module("train")
+    known = questions.Known.of(shown)
+    parts = batches.collate_by_length([maker.multi(known, np.random.default_rng(seed)) for seed in range(8)], 2)
+    models, rows = [], []
+    with ThreadPoolExecutor(1) as single:
+        for pool in (single, cores):
+            torch.manual_seed(0)
+            models.append(training_module("network").TrainedGAR(checkpoint.config))
+            rows.append(train.train_step(models[-1], [], parts, 1e-3, pool, decoder=True, frozen=False))
+    assert rows[0] == pytest.approx(rows[1], rel=1e-4)
+    for (name, one), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert one.grad is not None, name
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_every_hint_and_answer_can_be_learnt(
+    checkpoint: Checkpoint, maker: object, shown: object, cores: Executor
+) -> None:
     """A few steps on one batch lower every loss; a frozen tower stays as it is."""
     train = training_module("train")
     torch.manual_seed(0)
@@ -213,19 +242,19 @@ def test_every_hint_and_answer_can_be_learnt(checkpoint: Checkpoint, maker: obje
     parts = batches.collate_by_length([maker.multi(known, np.random.default_rng(seed)) for seed in (1, 2)], 2)
     weight = model.encoder.tower.blocks[0].attn.qkv.weight
     before = weight.detach().clone()
-    rows = [train.train_step(model, optimizers, parts, 1e-3, decoder=True, frozen=True) for _ in range(6)]
+    rows = [train.train_step(model, optimizers, parts, 1e-3, cores, decoder=True, frozen=True) for _ in range(6)]
     assert torch.equal(weight, before)
     assert rows[-1]["answers"] < rows[0]["answers"] - 1
     assert rows[-1]["hints"] < rows[0]["hints"] - 1
     optimizers = train._optimizers(model, 1e-3)
-    rows = [train.train_step(model, optimizers, parts, 3e-4, decoder=False, frozen=False) for _ in range(8)]
+    rows = [train.train_step(model, optimizers, parts, 3e-4, cores, decoder=False, frozen=False) for _ in range(8)]
     assert not torch.equal(weight, before)
     assert rows[-1]["hints"] < rows[0]["hints"]
     assert rows[-1]["answers"] == 0
 
 
 def test_training_goes_on_where_it_stopped(
-    checkpoint: Checkpoint, maker: object, shown: object, tmp_path: Path
+    checkpoint: Checkpoint, maker: object, shown: object, cores: Executor, tmp_path: Path
 ) -> None:
     train = training_module("train")
     known = questions.Known.of(shown)
@@ -237,7 +266,7 @@ def test_training_goes_on_where_it_stopped(
         return model, train._optimizers(model, 1e-3)
 
     model, optimizers = fresh(0)
-    train.train_step(model, optimizers, parts, 1e-3, decoder=True, frozen=False)
+    train.train_step(model, optimizers, parts, 1e-3, cores, decoder=True, frozen=False)
     train._save(tmp_path, model, optimizers, 1)
     resumed, others = fresh(1)
     assert train._resume(tmp_path, resumed, others) == 1
@@ -249,8 +278,8 @@ def test_training_goes_on_where_it_stopped(
         for index, values in saved.items():
             assert values.keys() == loaded[index].keys()
             assert all(torch.equal(torch.as_tensor(values[key]), loaded[index][key]) for key in values)
-    after = train.train_step(model, optimizers, parts, 1e-3, decoder=True, frozen=False)
-    again = train.train_step(resumed, others, parts, 1e-3, decoder=True, frozen=False)
+    after = train.train_step(model, optimizers, parts, 1e-3, cores, decoder=True, frozen=False)
+    again = train.train_step(resumed, others, parts, 1e-3, cores, decoder=True, frozen=False)
     assert again == pytest.approx(after, rel=1e-3, nan_ok=True)
     saved = load_file(tmp_path / "model.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == expected_tensors(checkpoint.config)

@@ -104,7 +104,7 @@ def _columns(one: Example, prefix: int, row: int) -> torch.Tensor:
     return torch.tensor(columns)
 
 
-def collate_by_length(examples: list[Example], size: int = 4) -> list[Batch]:
-    """Put examples of like length together, `size` at a time: little padding, and activations that stay in cache."""
+def collate_by_length(examples: list[Example], size: int = 2) -> list[Batch]:
+    """Put examples of like length together, `size` at a time, the shortest first: there is little padding then."""
     ordered = sorted(examples, key=lambda one: len(one.ids))
     return [collate(ordered[start : start + size]) for start in range(0, len(ordered), size)]
