@@ -6,11 +6,12 @@ This is the one place that knows the two box scales.
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from garserve.config import GARConfig
 from garserve.inputs.shapes import Box
 from garserve.inputs.tiles import Grid
-from garserve.kernels.roi_axis import axis_weights, cells_read
+from garserve.kernels.roi_axis import axes_weights, cells_read
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,13 @@ def replay_roi(box: Box, grid: Grid, config: GARConfig) -> RoI:
         factor = np.float32(1.0 / (config.vision.patch_size * config.pooling))
         x1, y1, x2, y2 = (float(np.float32(edge) * factor) for edge in scaled)
         scaled = (x1, y1, x2, y2)
-    left, right = cells_read(axis_weights(scaled[0], scaled[2], grid[0] * side, side))
-    top, bottom = cells_read(axis_weights(scaled[1], scaled[3], grid[1] * side, side))
-    window = Window(top // side, (bottom - 1) // side + 1, left // side, (right - 1) // side + 1)
-    return RoI(scaled, grid, window)
+    return RoI(scaled, grid, _window(scaled, grid, side))
+
+
+def _window(box: Box, grid: Grid, side: int) -> Window:
+    """Return the tiles that the replay of a box in feature cells reads; `side` cells are a tile's."""
+    if grid == (1, 1):
+        return Window(0, 1, 0, 1)
+    edges, sizes = torch.tensor(box), torch.tensor(grid) * side
+    (left, right), (top, bottom) = map(cells_read, axes_weights(edges[:2], edges[2:], sizes, side))
+    return Window(top // side, (bottom - 1) // side + 1, left // side, (right - 1) // side + 1)
