@@ -8,19 +8,20 @@ round, for every one of them costs the same. No ratio is printed where greedy to
 
 import json
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Literal
 
 import typer
-from machine import add
+from machine import add, origin
 from peers.answers import Peers, PeersApart
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from sides import Side, compare, rates_and_ratios, time_side, told
 
 import garserve
 from garserve.bench.cost import prefill_flops, tile_flops
@@ -33,23 +34,9 @@ from garserve.inputs.request import RegionRequest
 from garserve.inputs.tiles import choose_grid
 from garserve.model.random_checkpoint import write_random_checkpoint
 
-_CONDITIONS = (
-    "float32, greedy, equal tokens; rates are answers a second, ratios medians of those of each round; vLLM with KV "
-    "blocks of 32 tokens; upstream: one request at a time, careful batch: whole batches of neighbouring requests"
-)
+_MAX_TOKENS, _PEER_REGIONS, _BATCH = 48, 5, 4  # what a title leaves out, for other figures say so in theirs
 _SIZES = {"tiny": (640, 480), "GAR-1B": (1792, 1792)}
 console = Console()
-
-
-@dataclass
-class Side:
-    """One of those compared: how it answers requests, how many it is given in a round, and what came of it."""
-
-    name: str
-    run: Callable[[Sequence[RegionRequest]], list[list[int]]]
-    share: int | None  # requests of a round; None: all
-    rates: list[float] = field(default_factory=list)
-    tokens: dict[int, list[int]] = field(default_factory=dict)  # by the request's position
 
 
 @dataclass(frozen=True)
@@ -93,9 +80,9 @@ def main(
     group: Annotated[int, typer.Option(min=1, max=5, help="Regions that share a mask; the peers ask alike.")] = 1,
     images: Annotated[int, typer.Option(min=1, help="Images of a round; no round has those of another.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that are counted.")] = 5,
-    peer_regions: Annotated[int, typer.Option(min=1, help="Requests that a peer answers in a round.")] = 5,
-    batch: Annotated[int, typer.Option(min=0, help="Batch size of the careful user; 0 leaves the peer out.")] = 4,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 48,
+    peer_regions: Annotated[int, typer.Option(min=1, help="Requests that a peer answers in a round.")] = _PEER_REGIONS,
+    batch: Annotated[int, typer.Option(min=0, help="Batch size of the careful user; 0 leaves the peer out.")] = _BATCH,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = _MAX_TOKENS,
     tile_reuse: Annotated[bool, typer.Option(help="Without: what vLLM's own features give, no tile kept.")] = True,
     apart: Annotated[
         bool, typer.Option("--apart/--together", help="Peers in a process of their own, with torch's OpenMP, or here.")
@@ -124,22 +111,46 @@ def main(
             asked = plan.asked(number) if number else plan.warming(max(side.share or 1 for side in sides))
             before = engine.tile_counts
             for side in sides:
-                _time(side, asked.requests, group, counted=number > 0)
-            _compare(sides, asked.requests)
+                time_side(side, asked.requests, group, counted=number > 0)
+            compare(sides)
             after = engine.tile_counts
             if number:
                 limits.append(_flops(engine, known, tiles, after.computed - before.computed))
         tower = runtime(engine).tower
-    figures = _figures(sides, limits)
-    title = f"{model}, {workload}{f' of {plan.regions}' if workload == 'dense' else ''}, groups of {group}"
-    title += f", {images} images" if images > 1 else ""
-    title += "".join(f", {name} {cut}" for name, cut in (("depth", depth), ("layers", layers)) if cut is not None)
-    title += "" if tile_reuse else ", no tile kept"
-    title += "" if apart else ", peers in garserve's process"
-    _print(title, figures)
+    where = "in a process of their own, with torch's OpenMP" if apart else "in garserve's process, with its OpenMP"
+    entry = {"tower": tower, "peers": where, **rates_and_ratios(sides), **_bound(limits)}
+    cuts = {"depth": depth, "layers": layers}
+    title = _title(plan, cuts, peer_regions=peer_regions, batch=batch, tile_reuse=tile_reuse, apart=apart)
+    conditions = _conditions(plan, sides, len(asked.requests))
+    _print(title, {"conditions": conditions, **origin(), **entry})
     if save_results:
-        where = "in a process of their own, with torch's OpenMP" if apart else "in garserve's process"
-        print(add("end_to_end", title, {"tower": tower, "peers": where, **figures}, _CONDITIONS))
+        print(add("end_to_end", title, entry, conditions))
+
+
+def _title(
+    plan: Rounds, cuts: dict[str, int | None], *, peer_regions: int, batch: int, tile_reuse: bool, apart: bool
+) -> str:
+    """Name a comparison by all that its figures depend on: those of another one do not take its place in a file."""
+    parts = [plan.model, f"{plan.kind} of {plan.regions}" if plan.kind == "dense" else plan.kind]
+    parts.append(f"groups of {plan.group}")
+    parts += [f"{plan.images} images"] if plan.images > 1 else []
+    parts += [f"{name} {cut}" for name, cut in cuts.items() if cut is not None]
+    parts += [] if plan.max_tokens == _MAX_TOKENS else [f"at most {plan.max_tokens} tokens"]
+    parts += [] if peer_regions == _PEER_REGIONS else [f"peers answer {peer_regions}"]
+    parts += [] if batch == _BATCH else [f"batches of {batch}" if batch else "no careful batch"]
+    parts += [] if tile_reuse else ["no tile kept"]
+    parts += [] if apart else ["peers in garserve's process"]
+    return ", ".join(parts)
+
+
+def _conditions(plan: Rounds, sides: Sequence[Side], count: int) -> str:
+    """Say under which conditions figures were made; a round has `count` requests."""
+    width, height = _SIZES[plan.model]
+    return (
+        f"float32, greedy, equal tokens, at most {plan.max_tokens} of an answer; pictures of {width}x{height}; rates "
+        "are answers a second, ratios medians of those of each round; vLLM with KV blocks of 32 tokens; of a round's "
+        f"{count} requests: {'; '.join(told(side, count) for side in sides)}"
+    )
 
 
 def _refuse_ignored(model: str, workload: Kind, *, depth: int | None, layers: int | None, regions: int | None) -> None:
@@ -172,41 +183,10 @@ def _sides(
     def batched(requests: Sequence[RegionRequest]) -> list[list[int]]:
         return peers.batched(requests, batch)
 
-    sides = [Side("garserve", ours, None), Side("upstream", peers.upstream, peer_regions)]
+    sides = [Side("garserve", ours, None), Side("upstream", peers.upstream, peer_regions, 1)]
     if not batch:
         return sides
-    return [*sides, Side("careful batch", batched, -(-peer_regions // batch) * batch)]  # whole batches alone
-
-
-def _time(side: Side, requests: Sequence[RegionRequest], group: int, *, counted: bool) -> None:
-    taken = _taken(side, len(requests), group)
-    start_time = time.perf_counter()
-    tokens = side.run([requests[position] for position in taken])
-    seconds = time.perf_counter() - start_time
-    side.tokens = dict(zip(taken, tokens, strict=True))
-    if counted:
-        side.rates.append(len(taken) / seconds)
-
-
-def _taken(side: Side, count: int, group: int) -> list[int]:
-    """Return the positions of the requests that a side answers: neighbours from a group's first on, moving on."""
-    if side.share is None or side.share >= count:
-        return list(range(count))
-    start = (len(side.rates) * side.share) % (count - side.share + 1)
-    start -= start % group  # a careful user's batch is a group, not parts of two
-    return list(range(start, start + side.share))
-
-
-def _compare(sides: Sequence[Side], requests: Sequence[RegionRequest]) -> None:
-    ours = sides[0].tokens
-    for side in sides[1:]:
-        wrong = [position for position, tokens in side.tokens.items() if tokens != ours[position]]
-        if wrong:
-            at = wrong[0]
-            raise SystemExit(
-                f"{side.name}: {len(wrong)} of {len(side.tokens)} answers differ from garserve's, the first of them "
-                f"{side.tokens[at]} instead of {ours[at]}: no figures"
-            )
+    return [*sides, Side("careful batch", batched, -(-peer_regions // batch) * batch, batch)]
 
 
 def _flops(engine: garserve.Engine, known: Sequence[tuple[int, int]], tiles: int, computed: int) -> dict[str, float]:
@@ -220,17 +200,12 @@ def _flops(engine: garserve.Engine, known: Sequence[tuple[int, int]], tiles: int
     }
 
 
-def _figures(sides: Sequence[Side], limits: Sequence[dict[str, float]]) -> dict[str, Any]:
-    ours = sides[0].rates
-    figures: dict[str, Any] = {side.name: {"answers/s": [float(f"{r:.4g}") for r in side.rates]} for side in sides}
-    for side in sides[1:]:
-        ratios = [mine / theirs for mine, theirs in zip(ours, side.rates, strict=True)]
-        figures[f"garserve / {side.name}"] = {"median": float(f"{median(ratios):.3g}"), "rounds": len(ratios)}
+def _bound(limits: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Return what FLOPs alone allow: medians of the rounds' counts."""
     flops = {name: median(limit[name] for limit in limits) for name in limits[0]}
     upstream = flops["prefill, upstream"] + flops["tower, upstream"]
     ours_in_all = flops["prefill, garserve"] + flops["tower, garserve"]
-    figures["TFLOP a request"] = {name: float(f"{value / 1e12:.4g}") for name, value in flops.items()}
-    figures["bound"] = {
+    bound = {
         "ratio of FLOPs, decode left out": float(f"{upstream / ours_in_all:.3g}"),
         "ratio if garserve did nothing but its prefill": float(f"{upstream / flops['prefill, garserve']:.3g}"),
         "seconds an answer at the measured peak": {
@@ -238,13 +213,16 @@ def _figures(sides: Sequence[Side], limits: Sequence[dict[str, float]]) -> dict[
             "garserve": float(f"{ours_in_all / peaks().flops:.3g}"),
         },
     }
-    return figures
+    return {
+        "TFLOP a request": {name: float(f"{value / 1e12:.4g}") for name, value in flops.items()},
+        "bound": bound,
+    }
 
 
-def _print(title: str, figures: dict[str, Any]) -> None:
+def _print(title: str, entry: dict[str, Any]) -> None:
     table = Table("", "", title=title)
-    for name, values in figures.items():
-        table.add_row(name, json.dumps(values))
+    for name, value in entry.items():
+        table.add_row(name, escape(value if isinstance(value, str) else json.dumps(value)))
     console.print(table)
 
 

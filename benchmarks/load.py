@@ -2,32 +2,27 @@
 
 `python benchmarks/load.py` starts `garserve serve tiny`. Every whole answer is held against what the engine says
 when it is called directly, and no figures are printed where one differs, is lost or gets another status. The overhead
-is the server's time for the well-formed requests over the engine's own, called directly by as many at a time. The
-load repeats requests that were asked before, so tile and prefix caches are warm.
+is the server's time for the well-formed requests over the engine's own, called directly by as many at a time: the
+median of rounds, in which both take turns. The load repeats requests that were asked before, so tile and prefix caches
+are warm.
 """
 
 import asyncio
 import contextlib
 import json
-import os
 import random
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
+from machine import save  # isort: skip  (first: it prefers Intel's OpenMP, before torch comes)
 import aiohttp
 import numpy as np
 import typer
 from load_requests import Ask, make_asks
-from machine import save
+from load_server import idle, memory, server
 from rich.console import Console
 from rich.table import Table
 
@@ -59,82 +54,56 @@ def main(
     requests: Annotated[int, typer.Option(min=8, help="Requests of the mixed load.")] = 2000,
     clients: Annotated[int, typer.Option(min=1, help="Clients at a time.")] = 64,
     overhead: Annotated[int, typer.Option(min=1, help="Requests that server and engine are compared on.")] = 256,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of the comparison, of both in turns.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed of crops, regions, questions, and the order of the load.")] = 0,
     save_results: Annotated[bool, typer.Option("--save", help="Write benchmarks/results/.../load.json.")] = False,
 ) -> None:
     """Run the load and print how long answers take."""
     rng = random.Random(seed)
     asks = make_asks(rng, DISTINCT, MAX_TOKENS)
-    texts, direct, tower = _directly(asks, overhead, clients)
-    with _server() as (url, pid):
-        served = asyncio.run(_compare(url, asks, texts, overhead, clients))
-        tally, memory = asyncio.run(_mixed(url, asks, texts, requests, clients, rng, pid))
+    with server() as (url, pid):
+        texts, ratios, tower = _overhead(url, asks, overhead, clients, rounds)
+        tally, samples = asyncio.run(_mixed(url, asks, texts, requests, clients, rng, pid))
     if tally.wrong or sum(tally.outcomes.values()) != requests:
         raise SystemExit(f"{len(tally.wrong)} wrong of {requests} ({tally.wrong[:3]}), {tally.outcomes}: no figures")
-    figures = {"tower": tower} | _figures(tally, memory, direct, served, requests, clients)
+    figures = {"tower": tower} | _figures(tally, samples, ratios, requests, clients)
     _show(figures)
     if save_results:
-        print(save("load", figures, _conditions(clients)))
+        print(save("load", figures, _conditions(clients, rounds)))
 
 
-def _conditions(clients: int) -> str:
+def _conditions(clients: int, rounds: int) -> str:
     return (
         "tiny, coffee.jpg in crops of 300 to 600 pixels, engine, server and clients on the same cores; "
         f"{DISTINCT} different requests, each asked before: tile and prefix caches are warm; {clients} clients, at "
-        f"most {MAX_TOKENS} tokens an answer, half of the requests streamed"
+        f"most {MAX_TOKENS} tokens an answer, half of the requests streamed; the load is one run, server over engine "
+        f"the median of {rounds} rounds, in each the engine and then the server, both of which stay loaded"
     )
 
 
-def _directly(asks: list[Ask], count: int, clients: int) -> tuple[list[str], float, str]:
-    """Return the engine's texts, its seconds for `count` requests, `clients` at a time, and where its tower ran."""
+def _overhead(url: str, asks: list[Ask], count: int, clients: int, rounds: int) -> tuple[list[str], list[float], str]:
+    """Return the engine's texts, the server's time over the engine's of each round, and where its tower ran.
+
+    A round has `count` requests, `clients` at a time. Both have answered every one of them before the first.
+    """
+    work = [n % len(asks) for n in range(count)]
     with garserve.load("tiny", separate_process=True) as engine:
         texts = [answer.text for answer in engine.describe_many([ask.request for ask in asks])]
-        work = [asks[n % len(asks)].request for n in range(count)]
-        start = time.perf_counter()
-        for _ in engine.describe_many(work, in_flight=clients):
-            pass
-        return texts, time.perf_counter() - start, runtime(engine).tower
+        asyncio.run(_served(url, asks, texts, list(range(len(asks))), clients))
+        ratios = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            for _answer in engine.describe_many([asks[n].request for n in work], in_flight=clients):
+                pass
+            direct = time.perf_counter() - start
+            ratios.append(asyncio.run(_served(url, asks, texts, work, clients)) / direct)
+        return texts, ratios, runtime(engine).tower
 
 
-@contextlib.contextmanager
-def _server() -> Iterator[tuple[str, int]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "garserve", "serve", "tiny", "--port", str(port)]
-    log = Path(tempfile.mkstemp(suffix=".log")[1])
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, stderr=out)  # noqa: S603  (this Python, and a number)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        asyncio.run(_until_ready(url, process))
-        yield url, process.pid
-        process.send_signal(signal.SIGTERM)
-        if process.wait(90):
-            raise SystemExit(f"the server did not end in order ({log}): no figures")
-    except (aiohttp.ClientError, SystemExit):
-        sys.stderr.write(log.read_text(errors="replace")[-3000:])
-        raise
-    finally:
-        process.kill()
-
-
-async def _until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
-    async with aiohttp.ClientSession() as session:
-        while process.poll() is None:
-            with contextlib.suppress(aiohttp.ClientError):
-                if (await session.get(f"{url}/ready")).status == 200:
-                    return
-            await asyncio.sleep(0.5)
-    raise SystemExit("the server did not start")
-
-
-async def _compare(url: str, asks: list[Ask], texts: list[str], count: int, clients: int) -> float:
-    """Return the server's seconds for what the engine did directly; its texts must be the same."""
+async def _served(url: str, asks: list[Ask], texts: list[str], work: list[int], clients: int) -> float:
+    """Return the server's seconds for some of the requests. Raises SystemExit where its texts are not the engine's."""
     tally = Tally()
-    work = [n % len(asks) for n in range(count)]
     async with _session(clients) as session:
-        await asyncio.gather(*(_one(session, url, asks[n], texts[n], tally) for n in range(len(asks))))
         start = time.perf_counter()
         await _run(clients, [lambda n=n: _one(session, url, asks[n], texts[n], tally) for n in work])
         spent = time.perf_counter() - start
@@ -147,7 +116,7 @@ async def _mixed(
     url: str, asks: list[Ask], texts: list[str], requests: int, clients: int, rng: random.Random, pid: int
 ) -> tuple[Tally, list[dict[str, float]]]:
     """Return what came back from the mixed load, and the memory of the server's processes in its course."""
-    tally, memory = Tally(), []
+    tally, samples = Tally(), []
     kinds = ["early"] * int(requests * EARLY) + ["malformed"] * int(requests * MALFORMED)
     kinds += ["whole"] * (requests - len(kinds))
     rng.shuffle(kinds)
@@ -162,15 +131,15 @@ async def _mixed(
             else:
                 jobs.append(lambda n=n: _one(session, url, asks[n], texts[n], tally))
             if number % (requests // 8) == 0:
-                jobs[-1] = lambda job=jobs[-1]: _noting(job, pid, memory)
+                jobs[-1] = lambda job=jobs[-1]: _noting(job, pid, samples)
         await _run(clients, jobs)
-        memory.append(_memory(pid))
-        await _idle(session, url)
-    return tally, memory
+        samples.append(memory(pid))
+        await idle(session, url)
+    return tally, samples
 
 
-async def _noting(job: Any, pid: int, memory: list[dict[str, float]]) -> None:
-    memory.append(_memory(pid))
+async def _noting(job: Any, pid: int, samples: list[dict[str, float]]) -> None:
+    samples.append(memory(pid))
     await job()
 
 
@@ -241,33 +210,12 @@ async def _malformed(session: aiohttp.ClientSession, url: str, body: bytes, tall
     tally.outcomes["malformed"] += 1
 
 
-async def _idle(session: aiohttp.ClientSession, url: str) -> None:
-    """Wait until the server has nothing in work: clients that went away leave nothing behind."""
-    for _ in range(50):
-        text = await (await session.get(f"{url}/metrics")).text()
-        if "garserve:requests 0.0" in text:
-            return
-        await asyncio.sleep(0.1)
-    raise SystemExit("requests stayed in work: no figures")
-
-
-def _memory(pid: int) -> dict[str, float]:
-    """Return MB of the API process and of its largest child, the engine."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return {"api": _resident(pid), "engine": max(_resident(int(child)) for child in children)}
-
-
-def _resident(pid: int) -> float:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1)
-
-
 def _percentiles(values: list[float]) -> dict[str, float]:
     return {f"p{p}": round(float(np.percentile(values, p)), 3) for p in (50, 90, 99) if values}
 
 
 def _figures(
-    tally: Tally, memory: list[dict[str, float]], direct: float, served: float, requests: int, clients: int
+    tally: Tally, samples: list[dict[str, float]], ratios: list[float], requests: int, clients: int
 ) -> dict[str, Any]:
     return {
         "requests": requests,
@@ -275,9 +223,10 @@ def _figures(
         "outcomes": dict(tally.outcomes),
         "seconds to the first token": _percentiles(tally.first),
         "seconds to the end": _percentiles(tally.whole),
-        "server over engine": round(served / direct, 3),
-        "memory of the API process, MB": [sample["api"] for sample in memory],
-        "memory of the engine, MB": [sample["engine"] for sample in memory],
+        "server over engine": round(median(ratios), 3),
+        "server over engine, rounds": [round(ratio, 3) for ratio in ratios],
+        "memory of the API process, MB": [sample["api"] for sample in samples],
+        "memory of the engine, MB": [sample["engine"] for sample in samples],
     }
 
 

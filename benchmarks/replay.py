@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -178,8 +178,17 @@ def _candidates(case: Case) -> dict[str, Replay]:
     if roi_align is not None:
         candidates["authors' loop"] = lambda: torch.cat([case.align(box[None]) for box in case.boxes])
         candidates["torchvision batched"] = lambda: case.align(case.boxes)
-    compiled = torch.compile(case.gathered, dynamic=False)
-    return candidates | {"grid_sample": case.sampled, "compiled torch": compiled} | _tunings(case)
+    return candidates | {"grid_sample": case.sampled, "compiled torch": _compiled(case)} | _tunings(case)
+
+
+def _compiled(case: Case, backend: str | Callable[..., Any] = "inductor") -> Replay:
+    """The definition compiled for one case. What was compiled for others is forgotten.
+
+    torch keeps so many forms of a function and runs it uncompiled after that, with no more than a warning; with
+    `fullgraph` it refuses.
+    """
+    torch.compiler.reset()
+    return torch.compile(case.gathered, dynamic=False, fullgraph=True, backend=backend)
 
 
 def _tunings(case: Case) -> dict[str, Replay]:

@@ -4,7 +4,7 @@ import fcntl
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from garserve.checkpoint import Checkpoint
 from garserve.errors import RequestError
@@ -18,6 +18,7 @@ Choice = tuple[Path, str | None]  # the model's file and the execution provider;
 CACHE = "GARSERVE_CACHE"
 _DTYPES = {"half": "float16", "float": "float32"} | {name: name for name in ("float32", "bfloat16", "float16")}
 _log = logging.getLogger("garserve")
+_GPU_PROVIDERS = ("CUDA", "Tensorrt")  # how ONNX Runtime's names of them begin
 _LAYOUT = 1  # of the exported graph; another one makes new files
 
 
@@ -27,17 +28,20 @@ def choose_vision(
     vision_model: str | Path | None = None,
     *,
     dtype: object = "float32",
+    device: Literal["cpu", "cuda"] | None = None,
 ) -> Choice | None:
     """Return the exported model to use and its execution provider, checked; None for the tower in torch.
 
     `vision_backend` is "torch", "onnx" or "onnx:PROVIDER"; None is "onnx" where a `vision_model` is named, and
     otherwise, for a large tower on a CPU, the faster of the two (`garserve.export.fastest`), where torch computes in
     `dtype` (a name, a torch.dtype, or "auto" for the checkpoint's own). Without a `vision_model`, a float32 export is
-    made on first use, and kept in `cache_folder()` for the next.
-    Raises RequestError for another name, OnnxError where model or provider cannot be used for this checkpoint.
+    made on first use, and kept in `cache_folder()` for the next. `device` is where tiles have to be computed; None
+    leaves it to the machine.
+    Raises RequestError for another name or a provider of another device, OnnxError where model or provider cannot be
+    used for this checkpoint.
     """
     if vision_backend is None and vision_model is None:
-        return _fastest(checkpoint, dtype)
+        return None if device == "cuda" else _fastest(checkpoint, dtype)  # on a GPU there is nothing to measure
     name, _, provider = (vision_backend or ("torch" if vision_model is None else "onnx")).partition(":")
     if name == "torch" and not provider:
         if vision_model is not None:
@@ -48,7 +52,12 @@ def choose_vision(
     from garserve.model.onnx_file import model_path
     from garserve.model.onnx_vision import check_model, find_provider
 
-    found = find_provider(provider or None)
+    found = find_provider(provider or ("cpu" if device == "cpu" else None))
+    place = "cuda" if found.startswith(_GPU_PROVIDERS) else "cpu"
+    if device not in (None, place):
+        raise RequestError(
+            f"vision_backend: expected one that computes on {device}, got {found}, which does on {place}"
+        )
     fingerprint = vision_fingerprint(checkpoint)
     path = Path(vision_model) if vision_model is not None else _kept_export(checkpoint, fingerprint)
     check_model(path, fingerprint)

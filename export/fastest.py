@@ -5,6 +5,7 @@ import logging
 import os
 import platform
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from math import prod
@@ -40,18 +41,29 @@ def onnx_is_faster(checkpoint: Checkpoint, exported: Path, dtype: str) -> bool:
     """Say whether one tile takes less time in an exported tower on ONNX Runtime's CPU provider than in torch.
 
     `dtype` is torch's ("bfloat16"); the exported tower is float32's. What was measured is kept in
-    `fastest-DTYPE.json` in the folder `exported`, and holds for the same processor, threads and versions.
+    `fastest-DTYPE.json` in the folder `exported`, and holds for the same processor, threads and versions. Where it
+    cannot be kept, it is used all the same, and measured anew by the next that asks.
     """
     path, conditions = exported / f"fastest-{dtype}.json", _conditions()
     kept = _read(path)
     if kept.get("conditions") != conditions:
         _log.warning("measuring once which is faster here: the tower in torch, or in ONNX Runtime")
         kept = {"conditions": conditions, "seconds": _seconds(checkpoint, exported, dtype)}
-        partial = path.with_name(f"{path.name}.{os.getpid()}")
-        partial.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        _keep(path, kept)
     seconds = kept["seconds"]
     return bool(seconds["torch"] >= LEAST_GAIN * seconds["onnx"])
+
+
+def _keep(path: Path, kept: dict[str, Any]) -> None:
+    """Write a file whole or not at all; a cache that cannot be written takes nothing away from what was measured."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        _log.warning("what was measured cannot be kept, and is measured at each start (%s)", error)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _seconds(checkpoint: Checkpoint, exported: Path, dtype: str) -> dict[str, float]:

@@ -11,9 +11,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from garserve.config import GARConfig, VisionConfig, read_config, read_json
+from garserve.config import GARConfig, VisionConfig, read_config
+from garserve.config.weight_files import locate_tensors
 from garserve.errors import CheckpointError, first_line
 
 if TYPE_CHECKING:
@@ -120,10 +121,11 @@ def _decoder_tensors(config: GARConfig) -> dict[str, tuple[int, ...]]:
     return tensors
 
 
-def resolve(checkpoint: str | Path) -> Path:
+def resolve(checkpoint: str | Path, revision: str | None = None) -> Path:
     """Return the folder of a checkpoint: a local folder, or a Hugging Face repo id, fetched without its code.
 
-    The text "tiny" is the checkpoint that comes with garserve (`./tiny` is a folder of that name).
+    The text "tiny" is the checkpoint that comes with garserve (`./tiny` is a folder of that name). `revision` is a
+    branch, a tag or a commit of the repo, its main branch by default; a folder has none.
     Raises CheckpointError where it is none of these.
     """
     if checkpoint == TINY:
@@ -139,7 +141,7 @@ def resolve(checkpoint: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_WANTED_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED_FILES))
     except Exception as error:  # the hub's client raises many kinds: network, not found, gated
         raise CheckpointError(
             f"checkpoint {name!r}: no such folder, and fetching it from the Hugging Face hub failed "
@@ -166,7 +168,7 @@ class Checkpoint:
         config = read_config(folder)
         if not (folder / "tokenizer.json").is_file():
             raise CheckpointError(f"checkpoint file missing: {folder / 'tokenizer.json'}")
-        opened = cls(folder, config, _locate_tensors(folder))
+        opened = cls(folder, config, locate_tensors(folder))
         opened._account()
         return opened
 
@@ -213,46 +215,3 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{self.folder}: tensor {extra[0]} is no part of this model (unexpected tensors: {len(extra)})"
                 )
-
-
-def _locate_tensors(folder: Path) -> dict[str, Path]:
-    """Map each tensor's name to the safetensors file that holds it, and check that an index tells the truth."""
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if index.is_file():
-        data = read_json(index)
-        weight_map = data.get("weight_map") if isinstance(data, dict) else None
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise CheckpointError(f"{index}: field weight_map: expected tensor names and file names")
-        for name in weight_map.values():
-            if Path(name).name != name or not name.endswith(".safetensors"):
-                raise CheckpointError(f"{index}: field weight_map: expected a safetensors file beside it, got {name!r}")
-        held = _names_in({folder / name for name in weight_map.values()})
-        for tensor, name in weight_map.items():
-            if held.get(tensor) != folder / name:
-                raise CheckpointError(f"{index}: tensor {tensor} is not in {name}, where the index puts it")
-        return held
-    if single.is_file():
-        return _names_in({single})
-    pickles = sorted(path.name for path in folder.glob("*.bin")) + sorted(path.name for path in folder.glob("*.pt*"))
-    if pickles:
-        raise CheckpointError(
-            f"{folder}: only pickled weights found ({pickles[0]}); garserve opens safetensors alone, convert them first"
-        )
-    raise CheckpointError(f"checkpoint file missing: {single} (or model.safetensors.index.json)")
-
-
-def _names_in(paths: set[Path]) -> dict[str, Path]:
-    names: dict[str, Path] = {}
-    for path in sorted(paths):
-        if not path.is_file():
-            raise CheckpointError(f"checkpoint file missing: {path}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    if name in names:
-                        raise CheckpointError(f"{path}: tensor {name} is in {names[name].name} already")
-                    names[name] = path
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is not a safetensors file ({error})") from None
-    return names

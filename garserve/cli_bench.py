@@ -105,17 +105,17 @@ def throughput(
     verbose: VerboseOption = False,
 ) -> None:
     """Answer many requests together: answers, images and tokens a second."""
+    from garserve.bench.real import real_workload
     from garserve.bench.throughput import throughput as measure_throughput
-    from garserve.bench.workload import make_workload, parse_pair, real_workload
+    from garserve.bench.workload import make_workload, parse_pair
 
     _check_targets(save)
     pixels = parse_pair("--size", size)
-    if regions is not None:
-        reason = "without --regions, whose images are taken as they are and whose regions are asked about one by one"
-        _refuse(context, ("workload", "images", "group"), reason)
     if regions is None:
         asked = make_workload(workload, images, pixels, max_tokens=max_tokens, group=group)
     else:
+        reason = "without --regions, whose images are taken as they are and whose regions are asked about one by one"
+        _refuse(context, ("workload", "images", "size", "group"), reason)
         asked = real_workload(regions, max_tokens=max_tokens)
     warm = make_workload("stream", 1, pixels, max_tokens=max_tokens, first=images).requests[0]
     with open_engine(
@@ -247,11 +247,11 @@ def serve(
     from garserve.bench.load import bodies
     from garserve.bench.serve import Limits
     from garserve.bench.serve import serve as measure_serve
-    from garserve.bench.workload import make_workload, parse_pair
+    from garserve.bench.workload import PER_SEED, make_workload, parse_pair
 
     _check_targets(save)
     seed = randrange(10_000) if seed is None else seed
-    first = seed * (images + 1)  # a server remembers what it has seen: other pictures for each seed, one to warm up
+    first = seed * PER_SEED  # a server remembers what it has seen: other pictures for each seed
     pixels = parse_pair("--size", size)
     asked = make_workload(workload, images, pixels, max_tokens=max_tokens, first=first)
     warm = bodies(make_workload("stream", 1, pixels, max_tokens=max_tokens, first=first + images), model, max_tokens)

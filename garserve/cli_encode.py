@@ -1,6 +1,8 @@
 """`garserve encode`: the vision half by itself (floor 8)."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -38,7 +40,7 @@ def encode(
     vision_backend: VisionBackendOption = None,
     vision_model: VisionModelOption = None,
     device: Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="Where torch computes; auto is a GPU where one is.")
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Where tiles are computed; auto is a GPU where one is.")
     ] = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -61,10 +63,12 @@ def encode(
     from garserve.model.tile_cache import DEFAULT_GB, TileCache
 
     check_folder(input_file, output)
+    if device == "cuda":
+        _check_gpu()
     opened = Checkpoint.open(checkpoint)
     config = opened.config if box_scale is None else opened.config.with_box_scale(box_scale)
     processor = Processor(opened.folder, config, max_num_tiles=max_num_tiles)
-    choice = choose_vision(opened, vision_backend, vision_model)
+    choice = choose_vision(opened, vision_backend, vision_model, device=None if device == "auto" else device)
     with status_console.status(f"Loading {checkpoint} ..."):
         exported = None if choice is None else open_vision(opened, choice)
         encoder = load_encoder(opened) if exported is None else RegionEncoder(config, vision=exported)
@@ -93,13 +97,27 @@ def encode(
         raise typer.Exit(1)
 
 
+def _check_gpu() -> None:
+    """Raise GarserveError where no GPU can be used, before a checkpoint is fetched or loaded for one."""
+    import torch
+
+    with _gpu_errors():
+        torch.empty(1, device="cuda")
+
+
 def _placed(encoder: "RegionEncoder", device: str) -> "RegionEncoder":
     from garserve.model.device import has_gpu
 
     if device == "cpu" or (device == "auto" and not has_gpu()):
         return encoder
-    try:
+    with _gpu_errors():
         return encoder.to("cuda")
+
+
+@contextmanager
+def _gpu_errors() -> Iterator[None]:
+    try:
+        yield
     except (AssertionError, RuntimeError) as error:  # torch has no CUDA, or it has no memory left
         why = first_line(error)
-        raise GarserveError(f"--device {device}: the GPU cannot be used ({why}); --device cpu does without") from None
+        raise GarserveError(f"--device cuda: the GPU cannot be used ({why}); --device cpu does without") from None

@@ -64,8 +64,10 @@ def tiny(
 
     The true answers are in the words that the tiny checkpoint was taught; other checkpoints answer in their own.
     """
+    from garserve.bench.machine import machine, versions
+    from garserve.bench.runtime import runtime
     from garserve.evaluation.questions import PACKAGED, read_questions
-    from garserve.evaluation.report import check_target, json_report, show_report, write_answers
+    from garserve.evaluation.report import Conditions, check_target, json_report, show_report, write_answers
     from garserve.evaluation.run import run_evaluations
 
     parts = list(dict.fromkeys(ablation or []))
@@ -73,7 +75,8 @@ def tiny(
         raise RequestError(f"--ablation: expected --backend reference, got {backend}")
     if answers is not None:
         check_target(answers)
-    questions = read_questions(data or PACKAGED, limit)
+    folder = data or PACKAGED
+    questions = read_questions(folder, limit)
     if Part.mask in parts and vision_backend is None and vision_model is None:
         vision_backend = "torch"  # of an exported tower, the mask embedding cannot be taken out
     choices = {"tile_cache_gb": tile_cache_gb, "vision_backend": vision_backend, "vision_model": vision_model}
@@ -81,11 +84,14 @@ def tiny(
         open_engine(checkpoint, backend, engine_option, verbose, **choices) as engine,
         Progress(*_COLUMNS, console=status_console) as progress,
     ):
+        ran = str(runtime(engine))
         task = progress.add_task("questions", total=len(questions) * (1 + len(parts)))
         results = run_evaluations(engine, questions, parts, on_answer=lambda: progress.advance(task))
+    options = engine_option or []
+    conditions = Conditions(checkpoint, backend, str(folder), limit, options, ran, machine(), versions())
     if as_json:
-        typer.echo(json.dumps(json_report(results, checkpoint, backend), indent=2))
+        typer.echo(json.dumps(json_report(results, conditions), indent=2))
     else:
-        show_report(console, results, f"{checkpoint} on {backend}")
+        show_report(console, results, conditions)
     if answers is not None:
         write_answers(answers, results["whole"])

@@ -79,7 +79,8 @@ def serve(
         typer.Option(help="Fetch http(s) images from this host; may be repeated.", rich_help_panel=_IMAGES),
     ] = None,
     image_folder: Annotated[
-        Path | None, typer.Option(help="Read file:// images from below this folder.", rich_help_panel=_IMAGES)
+        str | None,
+        typer.Option(metavar="PATH", help="Read file:// images from below this folder.", rich_help_panel=_IMAGES),
     ] = None,
     max_num_tiles: MaxTilesOption = None,
     box_scale: BoxScaleOption = None,
@@ -95,10 +96,8 @@ def serve(
     """
     from garserve.serving.launch import Launch
     from garserve.serving.launch import serve as run
-    from garserve.serving.settings import Settings
+    from garserve.serving.settings import Settings, folder_of_images
 
-    if image_folder is not None and not image_folder.is_dir():
-        raise RequestError(f"--image-folder {image_folder}: no such folder")
     chosen: dict[str, Any] = {
         "max_body_bytes": int(max_body_mb * _MIB),
         "max_image_bytes": int(max_image_mb * _MIB),
@@ -111,7 +110,7 @@ def serve(
         "request_seconds": request_seconds,
         "drain_seconds": drain_seconds,
         "image_hosts": tuple(image_host or ()),
-        "image_folder": image_folder,
+        "image_folder": None if image_folder is None else folder_of_images(image_folder, "--image-folder"),
         "prepare_threads": prepare_threads,
         "log_format": log_format,
     }

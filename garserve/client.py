@@ -3,7 +3,19 @@
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from garserve.client_wire import Events, RegionText, Requests, answered, checked, delta, region_text
+from garserve.client_wire import (
+    Events,
+    RegionText,
+    Requests,
+    answer_text,
+    answered,
+    checked,
+    delta,
+    is_stream,
+    region_text,
+    region_texts,
+    unstreamed,
+)
 
 if TYPE_CHECKING:
     import httpx
@@ -20,7 +32,7 @@ class Client(Requests):
     def describe(self, image: Any, regions: Sequence[Any], **options: Any) -> list[RegionText]:
         """Describe each region by itself; `options` are fields of /v1/regions/describe. Raises ServerError."""
         found = self._post("/v1/regions/describe", self._describe(image, regions, options))
-        return [region_text(item) for item in found["descriptions"]]
+        return region_texts(found)
 
     def stream_describe(self, image: Any, regions: Sequence[Any], **options: Any) -> Iterator[RegionText]:
         """Yield each region's text as it is done, in any order. Raises ServerError."""
@@ -34,7 +46,7 @@ class Client(Requests):
         `options` are fields of /v1/chat/completions, and `system` and `turns` ([role, text] pairs). Raises ServerError.
         """
         found = self._post("/v1/chat/completions", self._ask(image, regions, question, options))
-        return str(found["choices"][0]["message"]["content"])
+        return answer_text(found)
 
     def stream_ask(
         self, image: Any, regions: Sequence[Any], question: str | None = None, **options: Any
@@ -45,7 +57,7 @@ class Client(Requests):
             if piece := delta(found):
                 yield piece
 
-    def _post(self, path: str, body: dict[str, Any]) -> Any:
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         with answered():
             response = self._http.post(path, json=body)
         return checked(response, response.content)
@@ -53,8 +65,8 @@ class Client(Requests):
     def _events(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         events = Events()
         with answered(), self._http.stream("POST", path, json=body) as response:
-            if response.status_code != 200:
-                checked(response, response.read())
+            if not is_stream(response):
+                unstreamed(response, response.read())
             for piece in response.iter_bytes():
                 yield from events.read(piece)
         events.end()
@@ -81,7 +93,7 @@ class AsyncClient(Requests):
     async def describe(self, image: Any, regions: Sequence[Any], **options: Any) -> list[RegionText]:
         """See Client.describe."""
         found = await self._post("/v1/regions/describe", self._describe(image, regions, options))
-        return [region_text(item) for item in found["descriptions"]]
+        return region_texts(found)
 
     async def stream_describe(self, image: Any, regions: Sequence[Any], **options: Any) -> AsyncIterator[RegionText]:
         """See Client.stream_describe."""
@@ -93,7 +105,7 @@ class AsyncClient(Requests):
     async def ask(self, image: Any, regions: Sequence[Any], question: str | None = None, **options: Any) -> str:
         """See Client.ask."""
         found = await self._post("/v1/chat/completions", self._ask(image, regions, question, options))
-        return str(found["choices"][0]["message"]["content"])
+        return answer_text(found)
 
     async def stream_ask(
         self, image: Any, regions: Sequence[Any], question: str | None = None, **options: Any
@@ -104,7 +116,7 @@ class AsyncClient(Requests):
             if piece := delta(found):
                 yield piece
 
-    async def _post(self, path: str, body: dict[str, Any]) -> Any:
+    async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         with answered():
             response = await self._http.post(path, json=body)
         return checked(response, response.content)
@@ -113,8 +125,8 @@ class AsyncClient(Requests):
         events = Events()
         with answered():
             async with self._http.stream("POST", path, json=body) as response:
-                if response.status_code != 200:
-                    checked(response, await response.aread())
+                if not is_stream(response):
+                    unstreamed(response, await response.aread())
                 async for piece in response.aiter_bytes():
                     for found in events.read(piece):
                         yield found

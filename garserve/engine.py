@@ -55,11 +55,19 @@ def load(
     `dtype` and `batch_size`; for both `tile_cache_gb`, the memory for features of tiles (default 0.5 and 0). With
     `separate_process` or several ranks, processes are started that import the main module: a script calls this below
     `if __name__ == "__main__":`.
-    Raises CheckpointError where the checkpoint is not a whole GAR model, OnnxError where the exported tower
-    cannot be used, or is another checkpoint's.
+    Raises RequestError for a backend or an option that does not exist, before anything else is done, CheckpointError
+    where the checkpoint is not a whole GAR model, OnnxError where the exported tower cannot be used, or is another
+    checkpoint's.
     """
+    if backend not in get_args(BackendName):
+        raise RequestError(f"backend: expected 'vllm' or 'reference', got {backend!r:.80}")
     if box_scale not in (None, *get_args(BoxScale)):
         raise RequestError(f"box_scale: expected {' or '.join(get_args(BoxScale))}, got {box_scale!r:.80}")
+    if backend == "vllm":
+        from garserve.vllm_plugin.options import check_options
+    else:
+        from garserve.model.reference_backend import check_options
+    check_options(engine_options)  # now: a checkpoint may have to be fetched, and its tower exported
     opened = Checkpoint.open(checkpoint)
     if box_scale is not None:
         opened = replace(opened, config=opened.config.with_box_scale(box_scale))
@@ -71,17 +79,10 @@ def load(
         from garserve.vllm_plugin.backend import VLLMBackend
 
         return Engine(VLLMBackend(opened, max_num_tiles=max_num_tiles, vision=vision, **engine_options), processor)
-    if backend == "reference":
-        from garserve.model.reference_backend import ReferenceBackend
+    from garserve.model.reference_backend import ReferenceBackend
 
-        unknown = sorted(set(engine_options) - {"dtype", "batch_size", "tile_cache_gb"})
-        if unknown:
-            raise RequestError(
-                f"engine option {unknown[0]!r} is none of the reference's (dtype, batch_size, tile_cache_gb)"
-            )
-        session = None if vision is None else open_vision(opened, vision)
-        return Engine(ReferenceBackend(opened, vision=session, **engine_options), processor)
-    raise RequestError(f"backend: expected 'vllm' or 'reference', got {backend!r}")
+    session = None if vision is None else open_vision(opened, vision)
+    return Engine(ReferenceBackend(opened, vision=session, **engine_options), processor)
 
 
 class Engine:

@@ -225,6 +225,11 @@ def _texts() -> dict[str, Case]:
     }
 
 
+def _fields(first: str, count: int) -> bytes:
+    """An object of that many more fields."""
+    return ("{" + first + "".join(f',"{number:x}":0' for number in range(count)) + "}").encode()
+
+
 def _bodies() -> dict[str, Case]:
     return {
         "bad UTF-8": (CHAT, b'{"messages": "\xff\xfe"}', 400, "body: "),
@@ -235,6 +240,29 @@ def _bodies() -> dict[str, Case]:
         "null": (DESCRIBE, b"null", 400, "body: "),
         "100,000 brackets": (CHAT, b"[" * 100_000, 400, "body: "),
         "deep regions": (DESCRIBE, b'{"image":"a","regions":' + b'[{"a":' * 50_000, 400, "body: "),
+        "a million wrong regions": (DESCRIBE, b'{"image":"a","regions":[' + b"1," * 999_999 + b"1]}", 400, "regions.0"),
+        "a million empty regions": (DESCRIBE, b'{"image":"a","regions":[' + b"{}," * 999_999 + b"{}]}", 400, "at most"),
+        "a million wrong parts": (
+            CHAT,
+            b'{"messages":[{"role":"user","content":[' + b"1," * 999_999 + b"1]}]}",
+            400,
+            "messages.0.content.0",
+        ),
+        "a million empty parts": (
+            CHAT,
+            b'{"messages":[{"role":"user","content":[' + b"{}," * 999_999 + b"{}]}]}",
+            400,
+            "messages.0.content.0",
+        ),
+        "200,000 unknown fields": (DESCRIBE, _fields('"image":"a"', 200_000), 400, "body: expected at most 64 fields"),
+        "200,000 fields of metadata": (
+            CHAT,
+            b'{"messages":[{"role":"user","content":"a"}],"metadata":' + _fields('"a":1', 200_000) + b"}",
+            400,
+            "metadata: expected at most 64 fields",
+        ),
+        "a field with a name of 8 MB": (DESCRIBE, b'{"image":"a","' + b"x" * 8_000_000 + b'":1}', 400, "not permitted"),
+        "a region with a name of 8 MB": region_case([{"x" * 8_000_000: 1}], "exactly one of"),
         "a zip": (DESCRIBE, zlib.compress(b"{}" * 100), 400, "body: "),
         "an oversized body": (DESCRIBE, b" " * 9_000_000, 413, "body: more than 8388608 bytes"),
     }

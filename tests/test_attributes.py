@@ -58,6 +58,21 @@ def test_mixed_colours_are_unclear() -> None:
     assert attributes.colour(image, rectangle(100, 100, (0, 0, 70, 100))) == "red"
 
 
+@pytest.mark.parametrize("size", [(30, 40), (100, 100), (301, 200)])
+def test_three_votes_to_two_are_unclear_at_any_size(size: tuple[int, int]) -> None:
+    plain = np.full((*size, 3), (229, 203, 180), np.uint8)
+    assert sorted(attributes.colour_shares(plain, np.ones(size, bool)))[-2:] == pytest.approx([0.4, 0.6])
+    assert attributes.colour(plain, np.ones(size, bool)) is None
+
+
+def test_a_colour_is_clear_above_one_and_a_half_times_the_second() -> None:
+    everything = np.ones((100, 100), bool)
+    for red, expected in ((60, None), (61, "red")):
+        image = np.zeros((100, 100, 3), np.uint8)
+        image[:, :red], image[:, red:] = (255, 0, 0), (0, 0, 255)
+        assert attributes.colour(image, everything) == expected
+
+
 @pytest.mark.parametrize(
     ("area", "expected"),
     [(0.002, "tiny"), (0.0095, None), (0.0105, None), (0.02, "small"), (0.05, None), (0.1, "medium"), (0.3, "large")],

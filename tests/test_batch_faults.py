@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from garserve.batch.filters import Filters, Shard
 from garserve.batch.job import Job
 from garserve.batch.journal import Journal, OutputError, read_rows
 from garserve.batch.ledger import Ledger
-from garserve.batch.limits import Halt, Stop
+from garserve.batch.limits import Halt, Limits, Stop
 from garserve.batch.parcel import Parcel
 from garserve.batch.pool import WorkerPool
 from garserve.batch.prepare import Preparation, Preparer, encoded
@@ -421,6 +422,23 @@ def test_too_many_errors_stop_the_job(mini: Path, tmp_path: Path) -> None:
     assert stop.reason == "more than 3 errors (--max-errors)"
     assert totals.errors == 4
     assert len(rows(tmp_path / "out.jsonl")) == totals.rows < 30
+
+
+def test_errors_that_come_after_the_one_too_many_are_left(mini: Path) -> None:
+    """Of the same picture or of the next, while the engine finishes what it has."""
+
+    class Rows(list[dict[str, Any]]):
+        def sync(self, *, force: bool = True) -> None:
+            pass
+
+    written = Rows()
+    job = Job(lambda: echo_engine(mini), written, limits=Limits(max_errors=1))
+    job._feeder = SimpleNamespace(taken=lambda: None)  # type: ignore[assignment]
+    bundle = Bundle(tuple(Record(f"line {number}") for number in range(4)), (True,) * 4)
+    for _ in range(2):
+        job._arrived(bundle, Parcel(np.zeros(0, np.uint8), errors=dict.fromkeys(range(4), "bad")))
+    assert [row["id"] for row in written] == ["line-0", "line-1"]
+    assert job.stop.halt is Halt.drain
 
 
 def test_groups_share_one_mask_and_say_so(source: Path, mini: Path, tmp_path: Path) -> None:

@@ -17,12 +17,13 @@ from garserve.batch.filters import Filters, region_area
 from garserve.batch.ledger import Ledger
 from garserve.batch.lines import count_lines
 from garserve.batch.outputs import check_apart, check_coco, check_parquet
-from garserve.batch.prepare import _region, encoded, image_content
+from garserve.batch.prepare import encoded, image_content
 from garserve.batch.record import Id, Record
 from garserve.batch.selection import Selection
 from garserve.batch.source import Format, Reading
 from garserve.batch.sources import detect, open_source
 from garserve.errors import RequestError
+from garserve.inputs.regions import Region
 from tests.conftest import write_lines
 
 BOX = {"box": [1, 1, 20, 20]}
@@ -321,7 +322,7 @@ def test_a_palette_does_not_turn_a_mask_of_a_folder_inside_out(tmp_path: Path) -
         mask.save(tmp_path / f"{name}.png")
     for record in asked(tmp_path, Format.folder):
         (region,) = record.regions
-        assert record.area == _region(region).mask(10, 10).sum() == 9
+        assert record.area == Region.parse(region).mask(10, 10).sum() == 9
         assert ("value" in region) == (record.id == "white"), "what others have is as it was"
 
 
@@ -331,6 +332,18 @@ def test_masks_of_openai_lines_lie_where_their_images_do(tmp_path: Path) -> None
     line = {"custom_id": "a", "body": {"messages": [{"role": "user", "content": content}], "regions": regions}}
     (record,) = open_source(write_lines(tmp_path / "in.jsonl", [line])).records()
     assert record.regions == ({"mask": str(tmp_path / "m.png")}, {"mask": PNG}, BOX)
+
+
+def test_fields_that_are_nearly_a_category(tmp_path: Path) -> None:
+    good = {"image": "a.png", "regions": [BOX]}
+    known = [{"category": "cat"}, {"type": "cat"}, {"category_id": 5}, {"supercategory": "x"}, {"types": "x"}]
+    known += [{"category": "cat", "categorie": "chat"}]
+    wrong = [{"catgory": "cat"}, {"Category": "cat"}, {"categroy": "cat", "type": "cat"}]
+    source = open_source(write_lines(tmp_path / "in.jsonl", [good | more for more in known + wrong]))
+    errors = [record.error for record in source.records()]
+    assert errors[: len(known)] == [None] * len(known)
+    for error, line in zip(errors[len(known) :], wrong, strict=True):
+        assert f"unknown field {next(iter(line))!r}, did you mean 'category'?" in str(error)
 
 
 def test_urls_as_images_are_named_as_such(tmp_path: Path) -> None:

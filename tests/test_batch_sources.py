@@ -110,6 +110,18 @@ def test_coco_annotations_come_image_by_image_and_those_without_one_are_errors(t
         100: "annotation: expected a segmentation or a bbox, got none",
     }
     assert records[1].image_name == str(tmp_path / "val2017" / "2.jpg")
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "2.jpg").touch()
+    for reading, place in ((Reading(images=tmp_path / "flat"), "flat/2.jpg"), (Reading(), "val2017/2.jpg")):
+        found = {record.id: record.image for record in open_source(tmp_path / "lvis.json", reading=reading).records()}
+        assert found[2] == str(tmp_path / place)
+        assert str(found[1]).endswith("val2017/1.jpg"), "what is nowhere is named whole"
+    (tmp_path / "flat" / "val2017").mkdir()
+    (tmp_path / "flat" / "val2017" / "2.jpg").touch()
+    flat = open_source(tmp_path / "lvis.json", reading=Reading(images=tmp_path / "flat"))
+    assert {str(tmp_path / "flat" / "val2017" / "2.jpg")} == {
+        one.image for one in flat.records() if one.id in (2, 5, 8)
+    }
 
 
 def test_sa1b_file_and_folder(tmp_path: Path, masks: list[np.ndarray], picture_path: Path) -> None:

@@ -199,6 +199,7 @@ def test_commands_refuse_what_they_cannot_do(tmp_path: Path) -> None:
             "--workload: expected it without --regions",
         ),
         (["throughput", "--regions", "masks.jsonl", "--images", "2"], "--images: expected it without --regions"),
+        (["throughput", "--regions", "masks.jsonl", "--size", "99x99"], "--size: expected it without --regions"),
         (["throughput", "--regions", "masks.jsonl", "--group", "2"], "--group: expected it without --regions"),
         (["serve", "http://127.0.0.1:9", "--rate", "1", "--clients", "8"], "--clients: expected it without --rate"),
     ):

@@ -1,6 +1,8 @@
 """The scripts of benchmarks/: what they save, what warms everyone up, and what they refuse; nothing is timed."""
 
+import inspect
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 import typer
+from rich.console import Console
 
-from garserve.bench.machine import machine
+import garserve
+from garserve.bench.machine import Peaks, machine
+from garserve.bench.workload import DENSE
 from tests.conftest import ROOT
 
 SIZE = (120, 90)
@@ -62,17 +67,87 @@ def test_everyone_is_warmed_up_by_a_round(scripts: None) -> None:
 
 
 def test_a_peer_answers_whole_groups_and_others_in_each_round(scripts: None) -> None:
-    from end_to_end import Side, _taken
+    from sides import Side, taken
 
     side, starts = Side("careful batch", lambda requests: [], 8), []
     for _ in range(9):
-        taken = _taken(side, 20, 4)
-        assert taken == list(range(taken[0], taken[0] + 8))
-        starts.append(taken[0])
+        positions = taken(side, 20, 4)
+        assert positions == list(range(positions[0], positions[0] + 8))
+        starts.append(positions[0])
         side.rates.append(1.0)
     assert set(starts) == {0, 4, 8, 12}
-    assert _taken(side, 5, 1) == [0, 1, 2, 3, 4]
-    assert _taken(Side("garserve", lambda requests: [], None), 20, 4) == list(range(20))
+    assert taken(side, 5, 1) == [0, 1, 2, 3, 4]
+    assert taken(Side("garserve", lambda requests: [], None), 20, 4) == list(range(20))
+
+
+def test_the_sizes_of_a_careful_users_batches_are_told(scripts: None) -> None:
+    from sides import Side, told
+
+    careful = Side("careful batch", lambda requests: [], 8, 4)
+    assert told(careful, 20) == "careful batch 8, in batches of 4 neighbours"
+    assert told(careful, 5) == "careful batch 5, in batches of 4 and 1 neighbours"
+    assert told(careful, 1) == "careful batch 1, in batches of 1 neighbours"
+    assert told(Side("upstream", lambda requests: [], 5, 1), 20) == "upstream 5, one at a time"
+    assert told(Side("garserve", lambda requests: [], None), 20) == "garserve 20"
+
+
+def test_other_conditions_have_another_title(scripts: None) -> None:
+    import end_to_end
+
+    usual = {name: option.default for name, option in inspect.signature(end_to_end.main).parameters.items()}
+
+    def title(**given: Any) -> str:
+        said = {**usual, "regions": DENSE, **given}
+        asked = ("workload", "model", "images", "regions", "group", "max_tokens")
+        plan = end_to_end.Rounds(*(said[name] for name in asked))
+        rest = {name: said[name] for name in ("peer_regions", "batch", "tile_reuse", "apart")}
+        return end_to_end._title(plan, {"depth": said["depth"], "layers": said["layers"]}, **rest)
+
+    others: list[dict[str, Any]] = [
+        {"model": "GAR-1B"},
+        {"model": "GAR-1B", "depth": 2},
+        {"model": "GAR-1B", "layers": 2},
+        {"workload": "stream"},
+        {"regions": 5},
+        {"group": 4},
+        {"images": 2},
+        {"peer_regions": 1},
+        {"batch": 2},
+        {"batch": 0},
+        {"max_tokens": 8},
+        {"tile_reuse": False},
+        {"apart": False},
+    ]
+    assert title() == "tiny, dense of 20, groups of 1"  # as plot.py looks for it
+    assert len({title(), *(title(**other) for other in others)}) == len(others) + 1
+
+
+def test_what_is_printed_and_saved_has_its_conditions(
+    scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import end_to_end
+    import machine as results
+
+    load = garserve.load
+    monkeypatch.setattr(garserve, "load", lambda folder, **_: load(folder, "reference", tile_cache_gb=0.1))
+    monkeypatch.setattr(end_to_end, "console", Console(record=True, width=200))
+    monkeypatch.setattr(end_to_end, "peaks", lambda: Peaks(1e12, 1e10))
+    monkeypatch.setitem(end_to_end._SIZES, "tiny", SIZE)
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmarks/end_to_end.py", "--max-tokens", "2"])
+    end_to_end.main(regions=1, rounds=1, max_tokens=2, apart=False, save_results=True)
+    (file,) = tmp_path.glob("*/end_to_end.json")
+    entries = json.loads(file.read_text())["figures"]
+    entry = entries["tiny, dense of 1, groups of 1, at most 2 tokens, peers in garserve's process"]
+    assert "at most 2 of an answer" in entry["conditions"]
+    assert entry["conditions"].endswith(
+        "1 requests: garserve 1; upstream 1, one at a time; careful batch 1, in batches of 1 neighbours"
+    )
+    shown = end_to_end.console.export_text()
+    for key in ("conditions", "machine", "versions", "command", "tower", "peers", "careful batch", "bound"):
+        assert key in entry
+        assert re.search(rf"^│ {key} ", shown, re.MULTILINE)
+    assert "python benchmarks/end_to_end.py --max-tokens 2" in shown
 
 
 @pytest.mark.parametrize(
@@ -112,9 +187,19 @@ def test_the_replay_allocates_what_it_writes_as_its_peers_do(scripts: None) -> N
     assert len({rows.data_ptr() for rows in given}) == 2  # kept here, so they are not the same memory
 
 
-def test_the_load_says_what_it_repeats(scripts: None) -> None:
-    pytest.importorskip("aiohttp")
-    import load
+def test_every_case_of_the_replay_is_compiled(scripts: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import replay
 
-    assert "60 different requests, each asked before: tile and prefix caches are warm" in load._conditions(64)
-    assert load._percentiles([]) == {}
+    compiled = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(len(inputs))
+        return graph.forward
+
+    monkeypatch.setattr(replay, "CHANNELS", 2)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for count in (1, 2):
+            case = replay.Case.random(count, torch.float32, torch.device("cpu"))
+            rows = replay._compiled(case, backend)()
+            assert rows.shape == (count, replay.SIDE**2, 2)
+    assert len(compiled) == 2

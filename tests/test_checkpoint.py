@@ -85,6 +85,30 @@ def test_missing_shard(mini_copy: Path) -> None:
         Checkpoint.open(mini_copy)
 
 
+@pytest.mark.parametrize("name", ["model_ema.safetensors", "adapter_model.safetensors", "a.safetensors"])
+def test_weights_beside_the_models(mini_copy: Path, name: str) -> None:
+    """vLLM would load all of them: the same names, and the last file's values."""
+    tensors = load_file(mini_copy / "model.safetensors")
+    save_file({key: tensor * 2 for key, tensor in tensors.items()}, mini_copy / name)
+    with pytest.raises(CheckpointError, match=rf"{name}: expected no weights beside model.safetensors"):
+        Checkpoint.open(mini_copy)
+    (mini_copy / name).rename(mini_copy / f".{name}")
+    (mini_copy / "old").mkdir()
+    save_file(tensors, mini_copy / "old" / "model.safetensors")
+    Checkpoint.open(mini_copy)
+
+
+def test_weights_beside_an_index(mini_copy: Path) -> None:
+    """vLLM loads what the index names, unless there is a file of Mistral's name for all of a model's weights."""
+    tensors = load_file(mini_copy / "model.safetensors")
+    shard(mini_copy)
+    save_file(tensors, mini_copy / "model_ema.safetensors")
+    assert set(Checkpoint.open(mini_copy).files.values()) == set(mini_copy.glob("model-*.safetensors"))
+    save_file(tensors, mini_copy / "consolidated.safetensors")
+    with pytest.raises(CheckpointError, match=r"consolidated.safetensors: expected no weights beside model-00001"):
+        Checkpoint.open(mini_copy)
+
+
 def test_tied_head(mini_copy: Path) -> None:
     edit_config(mini_copy, lambda d: d["mllm_config"]["text_config"].update(tie_word_embeddings=True))
     with pytest.raises(CheckpointError, match=r"lm_head.weight differs from the embedding table"):

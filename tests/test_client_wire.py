@@ -12,11 +12,13 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as coco
 
 import garserve
 from garserve.client_wire import Events, image_url, region_json
-from garserve.errors import ImageError
+from garserve.errors import ImageError, RegionError, RequestError
 from garserve.inputs.images import load_image
+from garserve.inputs.regions import Region
 
 BOX = [{"box": [0, 0, 9, 9]}]
 PIXELS = np.zeros((12, 10, 3), np.uint8)
@@ -78,6 +80,71 @@ def test_a_mask_in_a_file_is_sent(tmp_path: Path) -> None:
     assert region_json({"mask": sent["mask"]}) == sent
 
 
+def encoded_mask() -> dict[str, Any]:
+    """pycocotools' own run lengths of a mask [12, 10]: their counts are bytes."""
+    mask = np.zeros((12, 10), np.uint8, order="F")
+    mask[3:5, 2:7] = 1
+    found: dict[str, Any] = coco.encode(mask)
+    assert isinstance(found["counts"], bytes)
+    return found
+
+
+@pytest.mark.parametrize(
+    "region",
+    [
+        encoded_mask(),
+        {"rle": encoded_mask()},
+        {"rle": {"size": np.array([12, 10]), "counts": np.array([20, 30, 70])}},
+        Region.from_rle({"size": np.array([12, 10]), "counts": np.array([20, 30, 70])}),
+        {"box": np.array([1, 2, 8, 9])},
+        {"box": [np.float32(1.5), np.float32(2), np.float32(8), np.float32(9)], "clip": True},
+        {"xywh": (np.int64(1), np.int64(2), np.int64(5), np.int64(4))},
+        {"polygon": np.array([[1, 1], [8, 1], [1, 9]])},
+        {"polygon": [np.array([1.0, 1, 8, 1, 1, 9])]},
+        {"points": np.array([[3, 4], [6, 7]]), "radius": np.float64(2)},
+        {"scribble": [np.array([3, 4]), np.array([6, 7])], "width": np.float64(2)},
+        {"box": range(1, 5)},
+        np.array([1, 2, 8, 9]),
+    ],
+)
+def test_what_the_engine_takes_is_sent(region: Any) -> None:
+    """Numbers and arrays of NumPy, and bytes: what the server reads draws the same."""
+    bodies: list[dict[str, Any]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        bodies.append(json.loads(request.content))
+        return httpx.Response(200, json={"descriptions": [{"index": 0, "text": "red"}]})
+
+    with client(answer) as asked:
+        assert [item.text for item in asked.describe(PIXELS, [region])] == ["red"]
+    assert (Region.parse(bodies[0]["regions"][0]).mask(12, 10) == Region.parse(region).mask(12, 10)).all()
+
+
+@pytest.mark.parametrize(
+    ("region", "message"),
+    [
+        ({"box": [0, 0, float("nan"), 9]}, r"box: expected finite numbers"),
+        ({"box": {0, 9}}, r"box: expected 4 numbers, got 2"),
+        ({"box": [0, 0, 9, 9], "clip": object()}, r"box: clip: expected true or false, got <object"),
+        (
+            {"points": [[1, 1]], "radius": float("nan")},
+            "points: expected finite numbers, lists and text, got",
+        ),
+        ({"rle": {"size": [12, 10], "counts": b"\xff"}}, r"rle: expected finite numbers, lists and text"),
+        ({"rle": object()}, r"rle: expected finite numbers, lists and text, got \{'rle': <object"),
+    ],
+)
+def test_a_region_that_json_cannot_hold_is_refused_by_name(region: Any, message: str) -> None:
+    with pytest.raises(RegionError, match=message):
+        region_json(region)
+
+
+def test_json_goes_as_it_is() -> None:
+    """What is wrong with it is the server's to say, for this one region only."""
+    for region in ({"box": [1]}, {"other": "Ü"}, {"points": [[1, 2.5]], "radius": None}):
+        assert region_json(region) == region
+
+
 @pytest.mark.parametrize("size", [1, 3, 10_000])
 def test_a_text_may_hold_every_end_of_line(size: int) -> None:
     body = lines(chat_event("a\u2028b\u0085"), chat_event("c\r"), end="data: [DONE]\r\n\r\n")
@@ -115,6 +182,55 @@ def test_an_error_of_one_region_is_its_own() -> None:
         assert [item.text for item in asked.stream_describe(PIXELS, BOX * 2)] == [None, "red"]
 
 
+@pytest.mark.parametrize("ask", ["describe", "stream_describe", "ask", "stream_ask"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"html": "<html>Log in, please</html>"},
+        {"json": {"status": "ok"}},
+        {"json": [1]},
+        {"json": {"descriptions": None, "choices": []}},
+        {"json": {"descriptions": [{"text": "whose?"}], "choices": [{"message": None}]}},
+        {"content": b"[" * 100_000, "headers": {"Content-Type": "application/json"}},
+    ],
+    ids=lambda answer: str(answer)[:40],
+)
+def test_another_servers_answer_is_told(ask: str, answer: dict[str, Any]) -> None:
+    made = client(lambda _: httpx.Response(200, **answer))
+    with made as asked, pytest.raises(garserve.ServerError, match="200: expected ") as told:
+        list(getattr(asked, ask)(PIXELS, BOX))
+    assert told.value.status == 200
+
+
+@pytest.mark.parametrize("ask", ["stream_describe", "stream_ask"])
+@pytest.mark.parametrize("event", ["{broken", "[1]", "null", '{"choices": [1]}', '{"choices": [{}]}'])
+def test_an_event_that_is_none_is_told(ask: str, event: str) -> None:
+    body = f"data: {event}\n\ndata: [DONE]\n\n".encode()
+    made = client(lambda _: httpx.Response(200, content=body))
+    with made as asked, pytest.raises(garserve.ServerError, match="200: expected "):
+        list(getattr(asked, ask)(PIXELS, BOX))
+
+
+def test_an_error_in_a_stream_may_be_a_text() -> None:
+    with pytest.raises(garserve.ServerError, match="503: out of memory"):
+        stream(lines({"error": "out of memory"}))
+
+
+def test_a_key_is_what_the_server_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the end of the line of the file it came from; and what cannot be sent is not shown."""
+    monkeypatch.setenv("GARSERVE_API_KEY", " secret\n")
+    for given in (None, "secret\r\n", "  "):
+        with garserve.Client("http://server", api_key=given) as made:
+            assert made._http.headers["Authorization"] == "Bearer secret"
+    for wrong in ("sec\nret", "secr\u00e9t", "secret\x7f"):
+        with pytest.raises(RequestError, match="api_key: expected printable ASCII characters") as told:
+            garserve.Client("http://server", api_key=wrong)
+        assert "sec" not in str(told.value)
+    monkeypatch.setenv("GARSERVE_API_KEY", "\n")
+    with garserve.Client("http://server") as made:
+        assert "Authorization" not in made._http.headers
+
+
 def fail(_: httpx.Request) -> httpx.Response:
     raise httpx.ConnectError("Connection refused")
 
@@ -134,6 +250,8 @@ def test_the_asynchronous_client_ends_in_the_same_ways() -> None:
 
     whole = lines(chat_event("a\u2028b"))
     assert asyncio.run(pieces(lambda _: httpx.Response(200, content=whole))) == ["a\u2028b"]
+    with pytest.raises(garserve.ServerError, match="200: expected a JSON object, got b'<html>"):
+        asyncio.run(pieces(lambda _: httpx.Response(200, html="<html>Log in</html>")))
     with pytest.raises(garserve.ServerError, match="ended before the answer did"):
         asyncio.run(pieces(lambda _: httpx.Response(200, content=whole[:-20])))
     with pytest.raises(garserve.ServerError, match="no answer: ConnectError"):

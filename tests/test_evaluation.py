@@ -216,6 +216,34 @@ def test_eval_command(mini: Path, folder: Path, tmp_path: Path) -> None:
     assert "colour" in table
 
 
+def test_a_report_says_what_it_is_of(mini: Path, folder: Path) -> None:
+    arguments = ["eval", "tiny", str(folder), "-c", str(mini), "--backend", "reference", "--limit", "2"]
+    arguments += ["--engine-option", "dtype=float32"]
+    report = json.loads(CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False).stdout)
+    assert (report["checkpoint"], report["backend"]) == (str(mini), "reference")
+    assert (report["data"], report["limit"], report["questions"]) == (str(folder), 2, 2)
+    assert report["engine_options"] == ["dtype=float32"]
+    assert report["runtime"] == "tower in torch, float32, decoder in float32"
+    assert report["machine"]["torch"] == torch.__version__
+    assert report["versions"]["garserve"]
+    shown = CliRunner().invoke(app, arguments, catch_exceptions=False).stdout.replace("\n", "")
+    for said in (f"questions of {folder}, --limit 2, --engine-option dtype=float32", report["runtime"]):
+        assert said.replace(" ", "") in shown.replace(" ", "")
+    assert torch.__version__ in shown
+
+
+def test_counts_are_judgements(mini: Path, tmp_path: Path) -> None:
+    """A description is one question, and is judged once for each attribute that is known of it."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    row = GOOD | {"form": "describe", "question": None, "truth": {"colour": "red", "size": "tiny"}}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(row))
+    arguments = ["eval", "tiny", str(tmp_path), "-c", str(mini), "--backend", "reference"]
+    report = json.loads(CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False).stdout)
+    assert (report["questions"], report["count"]) == (1, 2)
+    table = CliRunner().invoke(app, arguments, catch_exceptions=False).stdout
+    assert "number of judgements" in " ".join(table.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

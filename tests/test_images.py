@@ -23,6 +23,12 @@ def png(image: Image.Image, **options: object) -> bytes:
     return buffer.getvalue()
 
 
+def tiff(values: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "TIFF")
+    return buffer.getvalue()
+
+
 @pytest.fixture
 def colours() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
@@ -76,6 +82,16 @@ def test_palette_grey_bilevel_16_bit_and_cmyk(colours: np.ndarray) -> None:
     assert red[0, 0, 1] < 60
 
 
+def test_wide_grey_files_are_as_dark_as_they_say() -> None:
+    """A 16-bit PGM comes in Pillow's mode I, as a 32-bit TIFF does, but 200 is nearly black there."""
+    dark = np.full((2, 4), 200, np.uint16)
+    pgm = b"P5 4 2 65535\n" + dark.astype(">u2").tobytes()
+    for source in (pgm, Image.open(io.BytesIO(pgm)), tiff(dark), tiff(np.zeros((2, 4), np.int32))):
+        assert (load_image(source) == 0).all()
+    bright = tiff(np.full((2, 4), 51_400, np.int32))
+    assert (load_image(bright) == 200).all()
+
+
 def test_palette_with_transparent_entry() -> None:
     image = Image.new("P", (2, 1))
     image.putpalette([10, 20, 30, 40, 50, 60])
@@ -108,6 +124,8 @@ def test_tiny_and_very_wide_images() -> None:
         ("a\0b.png", "cannot be read"),
         (Image.new("F", (2, 2), 0.5), "mode F"),
         (Image.new("I", (2, 2), 200), "mode I with values up to 200; expected 16 bits"),
+        (tiff(np.full((4, 5), 200, np.int32)), "image bytes: mode I with values up to 200; expected 16 bits"),
+        (Image.open(io.BytesIO(tiff(np.full((4, 5), 7, np.int32)))), "image: mode I with values up to 7; expected 16"),
     ],
 )
 def test_refused(source: object, message: str) -> None:

@@ -1,6 +1,7 @@
 """The exported tower and encoded images in engines: the same answers as the checkpoint's own tower gives."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -139,6 +140,31 @@ def test_the_faster_tower_is_measured_once_and_chosen(
     kept.write_text(json.dumps(record | {"conditions": {}, "seconds": {"torch": -1, "onnx": 1}}))
     choose_vision(checkpoint, dtype="bfloat16")
     assert json.loads(kept.read_text())["seconds"]["torch"] > 0, "of another machine: measured anew"
+
+
+@pytest.mark.parametrize(("seconds", "chosen"), [({"torch": 2, "onnx": 1}, True), ({"torch": 1, "onnx": 2}, False)])
+def test_what_was_measured_counts_where_it_cannot_be_kept(
+    mini: Path,
+    exported_once: tuple[Path, Choice | None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    seconds: dict[str, float],
+    chosen: bool,
+) -> None:
+    """As in a cache that came with an image, and is mounted read-only."""
+    cache, first = exported_once
+    assert first is not None
+    monkeypatch.setenv("GARSERVE_CACHE", str(cache))
+    monkeypatch.setattr(fastest, "LEAST_WEIGHTS", 0)
+    monkeypatch.setattr(fastest, "_seconds", lambda *_: seconds)
+    blocked = first[0].parent / f"fastest-float16.json.{os.getpid()}"
+    blocked.mkdir(exist_ok=True)  # in the place of the file that is written first
+    found = choose_vision(Checkpoint.open(mini), dtype="float16")
+    blocked.rmdir()
+    assert found == (first if chosen else None)
+    assert "what was measured cannot be kept" in caplog.text
+    assert "the tower stays in torch" not in caplog.text
+    assert not list(cache.rglob("fastest-float16.json"))
 
 
 def test_without_room_for_an_export_the_tower_stays_in_torch(

@@ -148,6 +148,59 @@ def test_without_a_mouse(page: Page, bodies: list[dict[str, Any]]) -> None:
     assert page.run("document.activeElement.id") == "question"
 
 
+def test_more_points_without_a_mouse(page: Page, bodies: list[dict[str, Any]]) -> None:
+    show(page)
+    draw(page, "point", (100, 100))
+    draw(page, "point", (300, 200))
+    page.run("document.getElementById('canvas').focus()")
+    page.press(" ", "Shift")
+    page.press("ArrowRight", "Shift", times=3)
+    page.press(" ")
+    assert page.text("#said") == "<Prompt1> has 2 points."
+    page.press("0")
+    page.press(" ", "Shift")
+    page.press("ArrowDown", "Shift")
+    page.press(" ", "Shift")
+    page.press(" ", "Shift")
+    page.press("ArrowDown", "Shift")
+    page.press("Delete")  # of the region that the pen was to be led for
+    page.press(" ")
+    assert [region["points"] for region in describe(page, bodies)] == [[[300, 200], [330, 200]]]
+    page.press("z", "Control")
+    first, second = describe(page, bodies)
+    assert (first["points"], second["points"]) == ([[100, 100], [100, 110]], [[300, 200], [330, 200]])
+
+
+def test_the_enlarged_picture_follows_the_pen(page: Page, bodies: list[dict[str, Any]]) -> None:
+    def pen_in_sight(x: int, y: int) -> bool:
+        assert page.text("#said").startswith(f"Pen at {x}, {y}")
+        [(left, top)] = at(page, (x, y))
+        frame = "(({ left, top, right, bottom }) => [left, top, right, bottom])"
+        edges = page.run(f"{frame}(document.getElementById('canvas').getBoundingClientRect())")
+        return edges[0] <= left <= edges[2] and edges[1] <= top <= edges[3]
+
+    show(page)
+    page.run("document.getElementById('canvas').focus()")
+    whole = page.run("document.getElementById('canvas').dataset.view")
+    page.press("+", times=6)
+    page.wait(f"document.getElementById('canvas').dataset.view !== '{whole}'")
+    for key, end in (
+        ("ArrowRight", (600, 200)),
+        ("ArrowDown", (600, 400)),
+        ("ArrowLeft", (0, 400)),
+        ("ArrowUp", (0, 0)),
+    ):
+        page.press(key, "Shift", times=60)
+        page.run("new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
+        assert pen_in_sight(*end), key
+    page.press(" ")
+    page.press("ArrowRight", "Shift")
+    page.press("ArrowDown", "Shift")
+    page.press(" ")
+    page.press("-", times=6)
+    assert describe(page, bodies) == [{"box": [0, 0, 10, 10]}]
+
+
 def test_corners_and_moves_by_mouse(page: Page, bodies: list[dict[str, Any]]) -> None:
     show(page)
     draw(page, "box", (100, 100), (200, 200))
@@ -361,6 +414,51 @@ def test_a_finger_on_a_small_screen(page: Page, bodies: list[dict[str, Any]]) ->
     page.run("document.getElementById('describe').click()")
     page.wait(DONE.format(1))
     assert np.allclose(bodies[-1]["regions"][0]["box"], [100, 100, 200, 250], atol=2)
+
+
+def test_a_finger_gives_a_region_more_points(page: Page, bodies: list[dict[str, Any]]) -> None:
+    page.window(390, 844, mobile=True, density=2)
+    show(page)
+    page.run("document.querySelector('[data-tool=point]').click()")
+    page.touch(*at(page, (100, 100)))
+    page.wait("document.querySelectorAll('#regions li').length === 1")
+    more = "[aria-label='More points of <Prompt0>']"
+    page.run(f'document.querySelector("{more}").click()')
+    for point in ((200, 100), (300, 200)):
+        page.touch(*at(page, point))
+    page.wait("document.querySelector('#regions .kind').textContent === 'Points'")
+    assert page.run(f'document.querySelector("{more}").ariaPressed') == "true"
+    page.run(f'document.querySelector("{more}").click()')
+    page.touch(*at(page, (400, 300)))
+    page.wait("document.querySelectorAll('#regions li').length === 2")
+    page.run("document.getElementById('describe').click()")
+    page.wait(DONE.format(2))
+    first, second = bodies[-1]["regions"]
+    assert np.allclose(first["points"], [(100, 100), (200, 100), (300, 200)], atol=2)
+    assert np.allclose(second["points"], [(400, 300)], atol=2)
+
+
+def test_a_browser_that_keeps_nothing(page: Page, base: str, bodies: list[dict[str, Any]]) -> None:
+    """Where a person blocks storage, to touch it is an error. The page works, with a key until it is left."""
+    blocked = "get() { throw new DOMException('Access is denied', 'SecurityError'); }"
+    code = (
+        f"for (const name of ['sessionStorage', 'localStorage']) Object.defineProperty(window, name, {{ {blocked} }});"
+    )
+    script = page.send("Page.addScriptToEvaluateOnNewDocument", source=code)["identifier"]
+    try:
+        page.open(base)
+        page.wait("document.getElementById('model').textContent === 'echo'")
+        show(page)
+        draw(page, "box", (100, 100), (200, 200))
+        page.click("#settings")
+        page.click("#key")
+        page.type("secret key")
+        page.press("Enter")
+        page.wait("!document.getElementById('settings-dialog').open")
+        ask(page, "Now?", 1)
+        assert bodies[-1]["key"] == "Bearer secret key"
+    finally:
+        page.send("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
 
 
 def test_dark_and_light(page: Page) -> None:

@@ -1,14 +1,17 @@
 """Every form of region becomes the mask that its definition says; what is malformed is refused by field."""
 
+import io
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco
 
 from garserve.errors import RegionError
 from garserve.inputs.regions import Region, normalised_box
+from garserve.inputs.rle import compressed_runs
 
 H, W = 40, 60
 
@@ -98,15 +101,41 @@ def test_rle_roundtrip(seed: int, fill: float, height: int, width: int) -> None:
         assert np.array_equal(region.mask(height, width), mask)
 
 
-@settings(max_examples=200, deadline=None)
-@given(counts=st.one_of(st.binary(max_size=30), st.text(max_size=30), st.lists(st.integers(-5, 3000), max_size=8)))
-def test_rle_garbage_is_refused_or_exact(counts: object) -> None:
-    """pycocotools itself reads past its buffer on some of these."""
+def runs_of(counts: bytes | str | list[int]) -> list[int]:
+    """The runs of counts; none where they are refused."""
+    if isinstance(counts, list):
+        return counts if min(counts, default=0) >= 0 else []
     try:
-        mask = Region.from_rle({"size": [H, W], "counts": counts}).mask(H, W)
+        return compressed_runs(counts)
     except RegionError:
-        return
-    assert mask.shape == (H, W)
+        return []
+
+
+COCO_TEXT = st.text(st.characters(min_codepoint=48, max_codepoint=111), max_size=8)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    counts=st.one_of(
+        st.binary(max_size=30), st.text(max_size=30), COCO_TEXT, st.lists(st.integers(-5, 3000), max_size=8)
+    )
+)
+@example([3, 5, 2])
+@example("1114")
+@example(b"0T3O")
+def test_rle_garbage_is_refused_or_exact(counts: bytes | str | list[int]) -> None:
+    """pycocotools itself reads past its buffer on some of these."""
+    runs = runs_of(counts)
+    if sum(runs) > 100_000:
+        runs = []
+    flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)  # outside and inside in turns, down the columns
+    for height, width in ((H, W), (1, sum(runs)), (sum(runs), 1)):
+        region = Region.from_rle({"size": [height, width], "counts": counts})
+        if flat.size == height * width and flat.any():
+            assert np.array_equal(region.mask(height, width), flat.reshape(width, height).T)
+        else:
+            with pytest.raises(RegionError):
+                region.mask(height, width)
 
 
 def test_many_rings_are_drawn_as_coco_draws_them() -> None:
@@ -134,6 +163,60 @@ def test_parse() -> None:
     assert area(Region.parse({"box": [50, 30, 70, 50], "clip": True})) == 100
 
 
+def jpeg(grey: np.ndarray) -> Image.Image:
+    file = io.BytesIO()
+    Image.fromarray(grey.astype(np.uint8)).save(file, "JPEG")
+    return Image.open(file)
+
+
+def test_coordinates_of_the_first_pixel_are_pixels() -> None:
+    """Whole ones, and a point by itself, which may be a click."""
+    assert area(Region.from_polygon([[0, 0], [1, 0], [1, 1], [0, 1]])) == 1
+    assert area(Region.from_polygon([[0.5, 0.5], [0.5, 8], [8, 8]])) > 9
+    assert area(Region.from_polygon([[[0.5, 0.5], [0.5, 1], [1, 1]], [[5, 5], [9, 5], [9, 9]]])) > 4
+    assert area(Region.from_points([0.5, 0.5], radius=0.1)) == 1
+    assert area(Region.from_scribble([[0, 0], [1, 1]], width=1)) >= 1
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+def test_alpha_is_the_mask_only_where_it_leaves_something_out(mode: str) -> None:
+    inside = np.zeros((H, W), bool)
+    inside[3:9, 4:30] = True
+    picture = Image.fromarray(inside.astype(np.uint8) * 255).convert(mode.removesuffix("A") or "L")
+    picture = picture.convert("RGB").convert("RGBA") if mode == "RGBA" else picture.convert(mode)
+    alpha = np.full((H, W), 255, np.uint8)
+    alpha[20, 20] = 254
+    picture.putalpha(Image.fromarray(alpha))
+    assert picture.mode == mode
+    assert (Region.from_mask(picture).mask(H, W) == inside).all()
+    alpha[30:] = 0
+    picture.putalpha(Image.fromarray(alpha))
+    assert (Region.from_mask(picture).mask(H, W) == (alpha > 0)).all()
+
+
+def test_a_jpeg_s_noise_is_outside(tmp_path) -> None:
+    inside = np.zeros((H, W), bool)
+    inside[9:11, 9:11] = True
+    picture = jpeg(inside * 255)
+    assert (np.asarray(picture) > 0).sum() > inside.sum()
+    picture.save(tmp_path / "colours.jpg")
+    Image.fromarray((inside * 255).astype(np.uint8)).convert("RGB").save(tmp_path / "rgb.jpg")
+    for source in (picture, tmp_path / "colours.jpg", tmp_path / "rgb.jpg"):
+        assert (Region.from_mask(source).mask(H, W) == inside).all()
+    faint = Image.fromarray(inside.astype(np.uint8))  # without loss 1 is inside
+    assert (Region.from_mask(faint).mask(H, W) == inside).all()
+
+
+def test_a_mask_s_value(tmp_path) -> None:
+    labels = np.arange(H * W, dtype=np.uint8).reshape(H, W) % 9
+    picture = Image.fromarray(labels)
+    picture.save(tmp_path / "labels.png")
+    indices = picture.convert("P")  # whatever their colours are
+    indices.putpalette([200, 10, 10] * 9)
+    for source in (labels, labels.tolist(), picture, str(tmp_path / "labels.png"), indices):
+        assert (Region.parse({"mask": source, "value": 7}).mask(H, W) == (labels == 7)).all()
+
+
 NAN = float("nan")
 
 
@@ -145,6 +228,12 @@ NAN = float("nan")
         (lambda: Region.from_mask(np.full((H, W), NAN)), "mask: holds NaN"),
         (lambda: Region.from_mask(np.zeros((H, W, 2))), "mask: expected numbers or booleans of shape"),
         (lambda: Region.from_mask(Image.new("RGB", (W, H), "red")), "mask: expected a grey"),
+        (lambda: Region.from_mask([[1, 0], [1]]), r"mask: expected numbers .* \[H, W\], got \[\[1, 0\], \[1\]\]"),  # type: ignore[arg-type]
+        (lambda: Region.from_mask(np.ones((H, W)), value=7), "mask: covers no pixel"),
+        (lambda: Region.from_mask(Image.new("RGB", (W, H)), value=0), "mask: value: expected a grey .* got mode RGB"),
+        (lambda: Region.from_mask(jpeg(np.full((H, W), 255)), value=255), "mask: value: .* such as PNG, got JPEG"),
+        (lambda: Region.parse({"mask": "a.png", "value": "7"}), "mask: value: expected a number, got '7'"),
+        (lambda: Region.parse({"mask": "a.png", "index": 7}), "mask has no field 'index'; it takes .'value'."),
         (lambda: Region.from_mask("/nowhere.png"), "mask: /nowhere.png: no such file"),
         (lambda: Region.from_box([70, 5, 80, 9]), "outside the 60x40 image"),
         (lambda: Region.from_box([-30, 5, -10, 9], clip=True), "outside the 60x40 image"),
@@ -158,6 +247,16 @@ NAN = float("nan")
         (lambda: Region.from_box(["1", "2", "3", "4"]), "box: expected numbers"),
         (lambda: Region.from_box([0, 0, True, 9]), "box: expected numbers"),
         (lambda: Region.from_box([0.1, 0.2, 0.5, 0.6]), "box: expected pixels, got .* which look like fractions"),
+        (lambda: Region.from_polygon([[0.1, 0.1], [0.5, 0.1], [0.5, 1]]), "polygon: expected pixels, got .* fractions"),
+        (
+            lambda: Region.from_polygon([[0, 0, 1, 0, 1, 1], [0.1, 0, 0.5, 0, 1, 1]]),
+            "polygon: expected pixels, .* ...]",
+        ),
+        (
+            lambda: Region.from_points([[0.25, 0.5], [0.75, 0.5]]),
+            "points: expected pixels, got .0.25, 0.5, .* fractions",
+        ),
+        (lambda: Region.from_scribble([[0.25, 0.5], [1, 1]]), "scribble: expected pixels, got .* look like fractions"),
         (lambda: Region.from_xywh([1, 2, -3, 4]), "box: expected x1 < x2"),
         (lambda: Region.from_polygon([[1, 1], [5, 5]]), "polygon: expected at least three points, got 2"),
         (lambda: Region.from_polygon([1, 1, 5, 5, 9]), "polygon: expected at least three points"),

@@ -272,16 +272,20 @@ def _refuses(server: Served) -> bool:
 
 
 def test_a_killed_engine_is_told_to_those_who_wait_and_the_server_ends(small: Served) -> None:
+    body = chat_body(None, [REGIONS[0]], temperature=2.0, n=8, max_tokens=1000, stream=True)
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as pool:
         lines = open_stream(small, stack)
+        chat = stack.enter_context(small.http.stream("POST", CHAT, json=body, headers=KEY)).iter_lines()
+        next(chat)
         waiting = pool.submit(lambda: httpx.post(small.url + DESCRIBE, json=many(), headers=KEY, timeout=60))
-        until(lambda: value(small, "garserve:requests") == 2, 30)
+        until(lambda: value(small, "garserve:requests") == 3, 30)
         killed = time.monotonic()
         os.kill(small.engine_pid(), signal.SIGKILL)
         until(lambda: not _ready(small), 10)
-        pieces = [line[6:] for line in lines if line.startswith("data: ")]
-        assert json.loads(pieces[-2])["error"]["code"] == "engine_dead"
-        assert pieces[-1] == "[DONE]"
+        for stream in (lines, chat):
+            pieces = [line[6:] for line in stream if line.startswith("data: ")]
+            assert json.loads(pieces[-2])["error"]["code"] == "engine_dead"
+            assert pieces[-1] == "[DONE]"
         answer = waiting.result(60)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_dead")
         assert small.process.wait(60) == 1

@@ -126,13 +126,14 @@ def test_the_queue_counts_and_closes() -> None:
 
 
 @pytest.mark.parametrize(("reason", "status"), [("abort", 503), ("error", 500)])
-def test_a_description_that_vllm_ends_by_itself_is_no_caption(reason: str, status: int) -> None:
+def test_a_description_that_vllm_ends_by_itself_is_no_caption(processor: Processor, reason: str, status: int) -> None:
+    from garserve.serving.decoding import RegionEngineClient
     from garserve.serving.describe import _Job
     from garserve.serving.errors import APIError
     from garserve.serving.schemas import DescribeRequest
 
     async def generate(*_: Any) -> AsyncIterator[Any]:
-        yield SimpleNamespace(outputs=[SimpleNamespace(text="A sm", token_ids=[1, 2], finish_reason=reason)])
+        yield SimpleNamespace(outputs=[SimpleNamespace(index=0, text="", token_ids=[1, 2], finish_reason=reason)])
 
     async def run(*_: Any) -> Any:
         return SimpleNamespace(token_ids=[1] * 9, items=[], spans=[])
@@ -142,7 +143,7 @@ def test_a_description_that_vllm_ends_by_itself_is_no_caption(reason: str, statu
         settings=SimpleNamespace(describe_in_flight=2),
         check_length=lambda *given: None,
         region_places=asyncio.Semaphore(2),
-        engine=SimpleNamespace(generate=generate),
+        engine=RegionEngineClient(SimpleNamespace(generate=generate), processor.tokenizer, 5),
         max_model_len=100,
         stop_id=5,
         model_names=["tiny"],
@@ -246,9 +247,12 @@ def test_a_chat_keeps_what_else_vllm_s_renderer_knows() -> None:
     from garserve.serving.chat import PreparedChat, region_chat
 
     renderer = SimpleNamespace(reasoning_effort_map={"none": "low"}, render_chat=None)
-    serving: Any = SimpleNamespace(online_renderer=renderer, engine_client="vLLM's")
+    serving: Any = SimpleNamespace(
+        online_renderer=renderer, engine_client="vLLM's", chat_completion_stream_generator="vLLM's"
+    )
     own: Any = region_chat(serving, "garserve's")  # type: ignore[arg-type]
     assert (serving.engine_client, own.engine_client) == ("vLLM's", "garserve's")
+    assert serving.chat_completion_stream_generator == "vLLM's"
     assert own.online_renderer.reasoning_effort_map == {"none": "low"}
     assert renderer.render_chat is None
     request = PreparedChat(messages=[])

@@ -30,7 +30,7 @@ def value(key: bytes) -> torch.Tensor:
 def step(cache: TileCache, keys: list[bytes]) -> list[int]:
     """Serve one step as the encoder does, and check that each key's slot holds its tile."""
     cache.allocate(torch.zeros(1), TOKENS, CHANNELS)
-    placement = cache.place(keys, len(keys))
+    placement = cache.place(keys, keys)
     for position in placement.missing:
         placement.features[placement.slots[position]] = value(keys[position])
     for key, slot in zip(keys, placement.slots, strict=True):
@@ -158,6 +158,33 @@ def test_tiles_that_no_region_touches_are_kept_from_region_to_region(
     computed = kept.encoder.tile_cache.counts.computed - before.computed
     changed = sum(one != other for one, other in zip(first.items[0].keys, second.items[0].keys, strict=True))
     assert computed == changed < len(second.items[0].tiles)
+
+
+def test_regions_that_come_after_their_image_ask_for_nothing_new(
+    kept: ReferenceGAR, mini: Path, picture: np.ndarray
+) -> None:
+    """vLLM may encode them in a later step; how often tiles were reused does not depend on it."""
+    processor = Processor(mini, Checkpoint.open(mini).config)
+    image, *regions = processor(RegionRequest(picture, [{"box": [5, 5, 60, 50]}, {"box": [50, 9, 99, 40]}], "?")).items
+    tiles = len(image.keys)
+    kept.encoder.encode([image])
+    kept.encoder.encode(regions)
+    assert kept.encoder.tile_cache.counts == TileCounts(
+        asked=tiles, computed=tiles, hits=len({key for region in regions for key in region.keys}), misses=tiles
+    )
+
+
+@pytest.mark.parametrize("kept", [0], indirect=True, ids=["no room"])
+def test_regions_whose_tiles_are_gone_ask_for_them_again(kept: ReferenceGAR, mini: Path, picture: np.ndarray) -> None:
+    processor = Processor(mini, Checkpoint.open(mini).config)
+    image, region = processor(RegionRequest(picture, [{"box": [5, 5, 60, 50]}], "?")).items
+    for items in ([image], [region], [region, region]):
+        kept.encoder.encode(items)
+    counts = kept.encoder.tile_cache.counts
+    assert counts.asked == counts.computed == len(image.keys) + 2 * len(region.keys)
+    kept.encoder.encode([image, image, region])
+    counts = kept.encoder.tile_cache.counts
+    assert counts.avoided == len(image.keys), "the second of two equal images in a step"
 
 
 def test_what_could_not_be_computed_is_not_kept(

@@ -256,7 +256,7 @@ def test_every_hint_and_answer_can_be_learnt(
 def test_training_goes_on_where_it_stopped(
     checkpoint: Checkpoint, maker: object, shown: object, cores: Executor, tmp_path: Path
 ) -> None:
-    train = training_module("train")
+    train, saved = training_module("train"), training_module("saved")
     known = questions.Known.of(shown)
     parts = batches.collate_by_length([maker.multi(known, np.random.default_rng(4))], 1)
 
@@ -267,9 +267,11 @@ def test_training_goes_on_where_it_stopped(
 
     model, optimizers = fresh(0)
     train.train_step(model, optimizers, parts, 1e-3, cores, decoder=True, frozen=False)
-    train._save(tmp_path, model, optimizers, 1)
+    saved.save(tmp_path, model, optimizers, 1, {"rate": 1e-3})
     resumed, others = fresh(1)
-    assert train._resume(tmp_path, resumed, others) == 1
+    with pytest.raises(SystemExit, match="expected the settings that it was begun with"):
+        saved.resume(tmp_path, resumed, others, {"rate": 2e-3})
+    assert saved.resume(tmp_path, resumed, others, {"rate": 1e-3}) == 1
     for one, other in zip(model.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
     for one, other in zip(optimizers, others, strict=True):
@@ -281,8 +283,8 @@ def test_training_goes_on_where_it_stopped(
     after = train.train_step(model, optimizers, parts, 1e-3, cores, decoder=True, frozen=False)
     again = train.train_step(resumed, others, parts, 1e-3, cores, decoder=True, frozen=False)
     assert again == pytest.approx(after, rel=1e-3, nan_ok=True)
-    saved = load_file(tmp_path / "model.safetensors")
-    assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == expected_tensors(checkpoint.config)
+    weights = load_file(tmp_path / "model.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == expected_tensors(checkpoint.config)
     assert (tmp_path / "model.safetensors").stat().st_size <= 12_000_000
     assert [path.name for path in tmp_path.glob("*.safetensors")] == ["model.safetensors"], "weights, and nothing else"
 

@@ -60,9 +60,17 @@ class Feeder:
     """Puts `WorkFound`, `Arrival`s and one `End` into a queue; at most `AHEAD` arrivals are not `taken` yet."""
 
     def __init__(
-        self, selection: Selection, ledger: Ledger, pool: WorkerPool, events: "queue.SimpleQueue[Any]"
+        self,
+        selection: Selection,
+        ledger: Ledger,
+        pool: WorkerPool,
+        events: "queue.SimpleQueue[Any]",
+        *,
+        scattered: bool = False,
     ) -> None:
+        """Read a selection; what is left of it is `scattered` where it does not follow what is answered."""
         self._selection, self._ledger, self._pool, self._events = selection, ledger, pool, events
+        self._answered, self._telling = 0, not scattered  # a count so far says little of scattered ones
         self._room = threading.Semaphore(AHEAD)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="garserve-feeder", daemon=True)
@@ -87,6 +95,11 @@ class Feeder:
         """Records that pass the filters, where known."""
         return self._selection.total
 
+    @property
+    def met(self) -> int | None:
+        """Of those, records that were answered before, as far as the input was read; None where that says nothing."""
+        return self._answered if self._telling else None
+
     def _run(self) -> None:
         try:
             for prepared in self._pool.parcels(self._bundles(), self._stopped.is_set):
@@ -100,7 +113,11 @@ class Feeder:
 
     def _bundles(self) -> Iterator[Bundle]:
         selection = replace(self._selection, source=_Until(self._selection.source, self._stopped.is_set))
-        for number, bundle in enumerate(selection.bundles(self._ledger)):
+        for number, bundle in enumerate(selection.bundles(self._ledger, self._count)):
             if number == 0:
                 self._events.put(WorkFound())
             yield bundle
+        self._telling = True
+
+    def _count(self, answered: int) -> None:
+        self._answered += answered

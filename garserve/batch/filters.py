@@ -82,8 +82,9 @@ class Filters:
         """Return how many of `total` records pass, where that can be known beforehand."""
         if total is None or self.categories or self.ids or self.min_area is not None or self.max_area is not None:
             return None
-        passing = total if self.limit is None else min(total, self.limit)
-        return passing if self.shard is None else passing // self.shard.count
+        if self.shard is not None:  # images are of different shares
+            return None
+        return total if self.limit is None else min(total, self.limit)
 
     def _passes(self, record: Record) -> bool:
         if self.ids and str(record.key) not in self.ids:

@@ -4,8 +4,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from garserve.batch.record import Id
 from garserve.inputs.request import RegionRequest
 from garserve.inputs.shapes import Mask
+from garserve.inputs.tokenizer import PROMPT_NAME
 
 LARGEST_GROUP = 5
 GAP = 0.1  # share of the image; nearer regions blur what tiny says of their sizes (benchmarks/batch.py)
@@ -19,6 +21,7 @@ class Drawn:
     """A record that can be asked: its request, its masks, and their boxes, normalised."""
 
     position: int
+    id: Id
     request: RegionRequest
     masks: list[Mask]
     boxes: list[Box]
@@ -56,6 +59,12 @@ def renamed(question: str | None, number: int) -> str:
     """Return a question about the one region, which is called `<PromptN>` now; without a question, the description."""
     name = f"<Prompt{number}>"
     return f"Describe {name} in detail." if question is None else _ALONE.sub(name, question)
+
+
+def own_first(text: str, number: int) -> str:
+    """Return an answer about `<PromptN>` in which that is `<Prompt0>`, as the question calls it, and the other way."""
+    names = {"<Prompt0>": f"<Prompt{number}>", f"<Prompt{number}>": "<Prompt0>"}
+    return PROMPT_NAME.sub(lambda named: names.get(named[0], named[0]), text)
 
 
 def _fits(one: Drawn, group: list[Drawn], gap: float) -> bool:

@@ -147,6 +147,8 @@ class Job:
 
     def _arrived(self, bundle: Any, parcel: Parcel) -> None:
         for position, error in parcel.errors.items():
+            if self.stop.halt:  # what runs is finished; this is read again next time
+                break
             self._error(bundle.records[position], error, parcel.regions.get(position))
         if not parcel.entries or self.stop.halt:
             self._feeder.taken()
@@ -202,8 +204,7 @@ class Job:
             return
         assert self.engine is not None and one.prepared is not None  # noqa: S101, PT018  (it was submitted)
         answer = self.engine.finished(one.prepared, report)
-        row = answer_row(one.record, one.entry, one.parcel, answer, time.monotonic() - one.since)
-        self._write(row, len(one.entry.spans) - 1)
+        self._write(answer_row(one.record, one.entry, one.parcel, answer, time.monotonic() - one.since))
 
     def _error(self, record: Record, error: str, regions: list[dict[str, Any]] | None) -> None:
         self._write(error_row(record, error, regions))
@@ -211,9 +212,9 @@ class Job:
         if most is not None and self.totals.errors > most:
             self.stop.tell(f"more than {most} errors (--max-errors)")
 
-    def _write(self, row: dict[str, Any], regions: int = 1) -> None:
+    def _write(self, row: dict[str, Any]) -> None:
         self._sink.append(row)
-        self.totals.add_row(row, regions)
+        self.totals.add_row(row)
 
     def _engine_died(self, error: Exception) -> None:
         """Put all that it had back to the front of the queue and start another one, a bounded number of times."""

@@ -17,7 +17,7 @@ from garserve.batch.sources import detect
 from garserve.errors import GarserveError, RequestError
 
 _ROWS = 1000  # of a row group
-_NUMBERS = ("prompt_tokens", "cached_tokens", "answer_tokens")
+_NUMBERS = ("prompt_tokens", "cached_tokens", "answer_tokens", "asked")
 _SECONDS = ("prepare_s", "engine_s")
 _TEXTS = ("text", "error", "finish_reason", "form", "image", "category", "question", "place", "request")
 
@@ -143,11 +143,11 @@ class _Captions:
 
 
 def write_parquet(output: Path, target: Path) -> int:
-    """Write an output's rows as Parquet, ids as texts and regions as JSON; return how many there are."""
+    """Write an output's rows as Parquet, ids as texts, regions and groups as JSON; return how many there are."""
     parquet = parquet_module()
     import pyarrow as arrow
 
-    names = ("id", *_TEXTS, *_NUMBERS, *_SECONDS, "regions")
+    names = ("id", *_TEXTS, *_NUMBERS, *_SECONDS, "group", "regions")
     kinds = {**dict.fromkeys(_NUMBERS, arrow.int64()), **dict.fromkeys(_SECONDS, arrow.float64())}
     schema = arrow.schema([(name, kinds.get(name, arrow.string())) for name in names])
     count = 0
@@ -171,6 +171,8 @@ def _cell(row: dict[str, Any], name: str) -> Any:
     if name == "regions":
         return json.dumps(row.get("regions", []))
     value = row.get(name)
+    if name == "group":
+        return None if value is None else json.dumps(value)
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 

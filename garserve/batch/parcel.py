@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from garserve.batch.record import Id
 from garserve.inputs.processor import KEY_BYTES, Item, PreparedRequest, make_item
 from garserve.inputs.roi import RoI, Window
 
@@ -50,6 +51,7 @@ class Entry:
     seed: int | None
     form: str  # "single", "several", "group of K"
     rows: tuple[Rows, ...] = ()  # of every item, where the image came encoded
+    group: Sequence[Id] = ()  # of the records whose regions are <Prompt0>, <Prompt1>, …, where the prompt has others'
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from garserve.batch.bundles import Bundle
 from garserve.batch.grouping import GAP, LARGEST_GROUP, Drawn, group_records, is_groupable, renamed
 from garserve.batch.parcel import Entry, Parcel, Rows
 from garserve.batch.record import ImageRef, Member, Record
-from garserve.batch.source_folder import read_values
 from garserve.checkpoint import Checkpoint
 from garserve.config import BoxScale, read_config
 from garserve.errors import ImageError, InputError, RequestError
@@ -113,7 +112,13 @@ class Preparer:
 
     def _encoded(self, position: int, record: Record) -> Entry:
         """Prepare a record whose image and regions `garserve encode` has computed already."""
-        request = self._request(record, EncodedImage.load(str(record.image)))
+        image = EncodedImage.load(str(record.image))
+        if len(image.regions) > 1 and record.options.get("question") is None:
+            raise RequestError(
+                f"image: was encoded with {len(image.regions)} regions, which are only asked about together; expected "
+                "a question, or a file of one region to describe it"
+            )
+        request = self._request(record, image)
         prepared = self._processor(request)
         return _entry(position, request, prepared, prepared.items[0].masks.numpy(), _form(request))
 
@@ -122,7 +127,7 @@ class Preparer:
         request = replace(request, regions=request.parsed_regions())
         request.check(self._processor.config.prompt_count)
         masks = draw_masks(request.parsed_regions(), image.shape[0], image.shape[1])
-        return Drawn(position, request, masks, [normalised_box(mask) for mask in masks])
+        return Drawn(position, record.key, request, masks, [normalised_box(mask) for mask in masks])
 
     def _request(self, record: Record, image: NDArray[np.uint8] | EncodedImage) -> RegionRequest:
         options = dict(record.options)
@@ -132,7 +137,7 @@ class Preparer:
             question = self._how.question
         return RegionRequest(
             image=image,
-            regions=[_region(region) for region in record.regions],
+            regions=[Region.parse(region) for region in record.regions],
             question=question,
             system=options.pop("system", self._how.system),
             max_tokens=options.pop("max_tokens", self._how.max_tokens),
@@ -161,7 +166,8 @@ class Preparer:
             with _noted(errors, one.position):
                 prepared = self._processor.prepare(request, image, masks, boxes)
                 shared = prepared.items[0].masks.numpy() if shared is None else shared
-                entries.append(_entry(one.position, request, prepared, shared, form))
+                entry = _entry(one.position, request, prepared, shared, form)
+                entries.append(replace(entry, group=[member.id for member in group]) if grouped else entry)
                 tiles = prepared.items[0].tiles.numpy()
         return entries, tiles
 
@@ -225,12 +231,6 @@ def image_content(image: ImageRef) -> str | bytes:
             return file.read(image.size)
     except OSError as error:
         raise ImageError(f"{image.path}: {image.name}: cannot be read ({error.strerror})") from None
-
-
-def _region(data: Any) -> Region:
-    if isinstance(data, dict) and set(data) == {"mask", "value"}:
-        return Region.from_mask(read_values(Path(data["mask"])) == data["value"])
-    return Region.parse(data)
 
 
 def encoded(mask: Mask) -> dict[str, Any]:

@@ -35,6 +35,10 @@ class Expected(Protocol):
     def total(self) -> int | None:
         """Records that pass the filters, where known."""
 
+    @property
+    def met(self) -> int | None:
+        """Of those, records that had their rows before; None where nobody counts them."""
+
 
 class Meter(AbstractContextManager["Meter"]):
     """Watches a job from a thread of its own while the context lasts."""
@@ -69,8 +73,8 @@ class Meter(AbstractContextManager["Meter"]):
             while not over:
                 over = self._over.wait(_BAR_SECONDS)
                 totals = self._look()
-                done = totals.before + totals.rows
-                progress.update(task, total=totals.total, completed=done, description=status(totals, self._tiles))
+                shown = status(totals, self._tiles)
+                progress.update(task, total=totals.total, completed=totals.done, description=shown)
 
     def _write_lines(self) -> None:
         while not self._over.wait(self._line_seconds):
@@ -78,7 +82,7 @@ class Meter(AbstractContextManager["Meter"]):
 
     def _look(self) -> Totals:
         totals = self._job.totals
-        totals.total = self._feeder.total
+        totals.total, totals.met = self._feeder.total, self._feeder.met
         now = time.monotonic()
         if now - getattr(self, "_looked", 0.0) >= _TILES_SECONDS and (engine := self._job.engine) is not None:
             self._looked = now
@@ -90,9 +94,9 @@ class Meter(AbstractContextManager["Meter"]):
 
 def status(totals: Totals, tiles: tuple[int, int] = (0, 0)) -> str:
     """Return one line about a running job; `tiles` asked for and computed."""
-    done, of = totals.before + totals.rows, "" if totals.total is None else f" of {totals.total}"
+    of = "" if totals.total is None else f" of {totals.total}"
     parts = [
-        f"{done}{of} rows",
+        f"{totals.done}{of} rows",
         f"{totals.regions_per_second:.1f} regions/s",
         f"{totals.tokens_per_second:.0f} tokens/s",
         f"{totals.errors} errors",
@@ -113,7 +117,7 @@ def summary(totals: Totals, output: Path) -> Table:
     per_region = f" ({prefilled / totals.regions:.1f} a region)" if totals.regions else ""
     forms = ", ".join(f"{count} {form}" for form, count in sorted(totals.forms.items()))
     for name, value in (
-        ("rows in all", f"{totals.before + totals.rows}"),
+        ("rows of the output", f"{totals.before + totals.rows}"),
         ("rows of this run", f"{totals.rows}"),
         ("errors", f"{totals.errors}"),
         ("regions", f"{totals.regions}"),

@@ -71,6 +71,10 @@ class RayJob:
         """Records that pass the filters, where known."""
         return self._selection.total
 
+    @property
+    def met(self) -> None:
+        """The input is read in another process, which counts nothing."""
+
     def run(self, watch: Watch | None = None) -> Totals:
         """Answer whatever of the input the output does not hold yet, and return what was done.
 

@@ -14,6 +14,7 @@ from garserve.inputs.encoded import SUFFIX, EncodedImage
 from garserve.inputs.regions import Region
 from garserve.inputs.request import RegionRequest
 
+_ABOUT = 0.86  # how alike "category" and its misspellings are; data sets have a category_id, too
 _OPTIONS = ("system", "max_tokens", "temperature", "seed", "focus", "prompt_index", "check_names")
 
 
@@ -43,8 +44,10 @@ class RequestLine(BaseModel):
     @classmethod
     def _no_misspelt_keys(cls, data: Any) -> Any:
         if isinstance(data, dict):
-            for key in sorted(str(key) for key in data if key not in cls.model_fields):
-                if near := get_close_matches(key, set(cls.model_fields) - set(data), cutoff=0.8):
+            for key in sorted(str(key) for key in data if key not in {*cls.model_fields, "category"}):
+                near = get_close_matches(key, set(cls.model_fields) - set(data), cutoff=0.8)
+                near += get_close_matches(key, {"category"} - set(data), cutoff=_ABOUT)
+                if near:
                     raise ValueError(f"unknown field {key!r}, did you mean {near[0]!r}?")
         return data
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from garserve.answers import Answer
+from garserve.batch.grouping import own_first
 from garserve.batch.parcel import Entry, Parcel
 from garserve.batch.record import Record, request_digest
 
@@ -11,11 +12,18 @@ def answer_row(record: Record, entry: Entry, parcel: Parcel, answer: Answer, eng
     """Return the row of an answer.
 
     `prepare_s` is the record's share of its bundle, `engine_s` from entry to end; by `request` it is noticed when the
-    input has another request under the same id.
+    input has another request under the same id. `asked` is there where other than all of `regions` were asked about,
+    `group` where the prompt had regions of other records: in the text, <Prompt0> is the record's own, as it is in its
+    question, and all are named in the order of these ids.
     """
-    row = {
+    text, group = answer.text, list(entry.group)
+    if len(group) > 1:
+        own = group.index(record.key)
+        text = own_first(text, own)
+        group[0], group[own] = group[own], group[0]
+    row: dict[str, Any] = {
         "id": record.key,
-        "text": answer.text,
+        "text": text,
         "finish_reason": answer.finish_reason,
         "prompt_tokens": answer.prompt_tokens,
         "cached_tokens": answer.cached_tokens,
@@ -25,7 +33,11 @@ def answer_row(record: Record, entry: Entry, parcel: Parcel, answer: Answer, eng
         "form": entry.form,
         "request": request_digest(record),
     }
-    return row | _origin(record) | {"regions": parcel.regions.get(entry.record, [])}
+    if len(group) > 1:
+        row["group"] = group
+    row |= _origin(record) | {"regions": parcel.regions.get(entry.record, [])}
+    asked = len(entry.spans) - 1  # without the image's
+    return row if asked == len(row["regions"]) else row | {"asked": asked}
 
 
 def error_row(record: Record, error: str, regions: list[dict[str, Any]] | None = None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from garserve.batch.limits import Limits, Stop
 from garserve.batch.parts import Parts
 from garserve.batch.pool import WorkerPool
 from garserve.batch.prepare import Preparation
+from garserve.batch.retry import note_asked
 from garserve.batch.selection import Selection
 from garserve.batch.source import Format, Reading, Source
 from garserve.batch.sources import open_source
@@ -32,7 +33,7 @@ class Plan:
     """Everything that a person says about a job. `workers` 0 prepares in a thread of this process.
 
     `mix` adds to an output that another checkpoint, prompt, tiling or input began; `retry_errors` asks error rows
-    again, of the records that the filters let through.
+    again, of the input's records that the filters let through.
     """
 
     input: Path
@@ -71,15 +72,10 @@ class Plan:
         )
 
     def drop_errors(self, source: Source, output: Journal | Parts) -> None:
-        """Take the error rows that are asked again out of an output: all, or those that the filters let through."""
-        if self.filters == Filters():
-            output.drop_errors()
-            return
-        with closing(Ledger()) as read, closing(Ledger()) as chosen:
-            for bundle in self.selection(source).bundles(read):
-                for record in bundle.records:
-                    chosen.note({"id": record.key})
-            output.drop_errors(lambda identity: chosen.digest(identity) is not None)
+        """Take the error rows that are asked again out of an output; those of another input, or filtered out, stay."""
+        with closing(Ledger()) as asked:
+            note_asked(self.selection(source), asked)
+            output.drop_errors(lambda identity: asked.digest(identity) is not None)
 
     def _folders(self) -> tuple[Path, ...]:
         beside = self.input if self.input.is_dir() else self.input.parent
@@ -116,10 +112,10 @@ def run_job(
         totals.before = ledger.answered(totals.counting(journal.rows()))
         pool = stack.enter_context(WorkerPool(plan.preparation, plan.workers))
         job = Job(open_engine, journal, limits=plan.limits, totals=totals, stop=stop)
-        feeder = Feeder(plan.selection(source), ledger, pool, job.events)
+        feeder = Feeder(plan.selection(source), ledger, pool, job.events, scattered=plan.retry_errors)
         with watch(job, feeder) if watch else nullcontext():
             job.run(feeder)
         totals.worker_deaths = pool.deaths
-        totals.total = feeder.total
+        totals.total, totals.met = feeder.total, feeder.met
         totals.seconds = totals.elapsed()
     return totals

@@ -1,6 +1,6 @@
 """What of an input is still to be answered: its records, filtered, each id once, brought together by image."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,8 +33,8 @@ class Selection:
         """Records that pass the filters, where known."""
         return None if self.split_regions else self.filters.expected(self.source.total)
 
-    def bundles(self, ledger: Ledger) -> Iterator[Bundle]:
-        """Yield what is not answered yet.
+    def bundles(self, ledger: Ledger, on_answered: Callable[[int], None] = lambda _: None) -> Iterator[Bundle]:
+        """Yield what is not answered yet; `on_answered` is told how many records are, whenever it comes to some.
 
         RequestError where the input has no request at all, no category that is asked for, or another request under an
         answered id.
@@ -46,6 +46,8 @@ class Selection:
         checked = chosen if self.mix else _unchanged(chosen, ledger)
         for of_image in gather(checked, group=self.group):
             wanted = tuple(ledger.digest(record.key) is None for record in of_image)
+            if not all(wanted):
+                on_answered(wanted.count(False))
             if not any(wanted):
                 continue
             if self.group == 1:

@@ -20,7 +20,7 @@ from garserve.batch.source import Reading, check_local, located
 from garserve.errors import InputError, RequestError
 
 _TABLES = """
-CREATE TABLE images (id TEXT PRIMARY KEY, name TEXT);
+CREATE TABLE images (id TEXT PRIMARY KEY, name TEXT, spare TEXT);
 CREATE TABLE annotations (number INTEGER PRIMARY KEY, image TEXT, data TEXT);
 """
 
@@ -41,22 +41,29 @@ class CocoSource:
             categories = self._fill(table)
             (self.total,) = table.execute("SELECT count(*) FROM annotations").fetchone()
             rows = table.execute(
-                "SELECT annotations.number, images.name, annotations.data FROM annotations "
+                "SELECT annotations.number, images.name, images.spare, annotations.data FROM annotations "
                 "LEFT JOIN images ON images.id = annotations.image ORDER BY images.rowid, annotations.number"
             )
             last, image = None, ""
-            for number, name, data in rows:
+            for number, name, spare, data in rows:
                 if name and name != last:  # annotations come image by image
-                    last, image = name, located(name, self._folders)
+                    last, image = name, self._located(name, spare)
                 yield self._record(number, name, image, json.loads(data), categories)
         finally:
             table.close()
 
+    def _located(self, name: str, spare: str | None) -> str:
+        path = located(name, self._folders)
+        if spare is None or os.path.isfile(path):
+            return path
+        flat = located(spare, self._folders)
+        return flat if os.path.isfile(flat) else path
+
     def _fill(self, table: sqlite3.Connection) -> dict[str, str]:
         table.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;" + _TABLES)
         table.executemany(
-            "INSERT OR IGNORE INTO images VALUES (?, ?)",
-            ((json.dumps(one.get("id")), _file_name(one)) for one in items(self.path, "images.item")),
+            "INSERT OR IGNORE INTO images VALUES (?, ?, ?)",
+            ((json.dumps(one.get("id")), *_file_names(one)) for one in items(self.path, "images.item")),
         )
         used: set[str] = set()  # ids of categories
 
@@ -145,9 +152,15 @@ def image_folders(path: Path, reading: Reading) -> list[Path]:
     return [folder for folder in near if os.path.isdir(folder)]
 
 
-def _file_name(image: dict[str, Any]) -> str | None:
-    """Return an image's name; LVIS has it in the URL alone, with COCO's folder before it."""
+def _file_names(image: dict[str, Any]) -> tuple[str | None, str | None]:
+    """Return an image's name, and another that it may have.
+
+    LVIS has only a URL: its last part is the name, with COCO's folder before it where images of several lie together.
+    """
     if isinstance(image.get("file_name"), str):
-        return str(image["file_name"])
+        return str(image["file_name"]), None
     url = image.get("coco_url")
-    return "/".join(url.rsplit("/", 2)[-2:]) if isinstance(url, str) else None
+    if not isinstance(url, str):
+        return None, None
+    *_, name = parts = url.rsplit("/", 2)[-2:]
+    return "/".join(parts), name

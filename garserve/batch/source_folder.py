@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from garserve.batch.record import Record
@@ -79,11 +78,6 @@ def mask_values(path: Path) -> tuple[dict[int, int], bool]:
     border = palette and len(found) > 1 and found.pop(_VOID, None) is not None
     coloured = palette and ("transparency" in picture.info or any((picture.getpalette("RGB") or [0])[:3]))
     return found, border or coloured
-
-
-def read_values(path: Path) -> NDArray[Any]:
-    """Return a mask picture's values [H, W]; ImageError, or RequestError where it is coloured."""
-    return np.asarray(_mask_picture(path))
 
 
 def _mask_picture(path: Path) -> Image.Image:

@@ -21,6 +21,7 @@ from garserve.batch.source_parquet import ParquetSource
 from garserve.batch.source_sa1b import Sa1bSource, annotation_files
 from garserve.batch.source_webdataset import WebDatasetSource
 from garserve.errors import RequestError
+from garserve.inputs.encoded import SUFFIX
 
 _SOURCES: dict[Format, Callable[[Path, Reading], Source]] = {
     Format.jsonl: JsonlSource,
@@ -181,13 +182,19 @@ def _keys_tell(keys: set[str], image: str) -> Format | None:
 
 
 def each_region(records: Iterator[Record]) -> Iterator[Record]:
-    """Ask for the description of every region by itself; region i of a record R becomes R/i."""
+    """Ask for the description of every region by itself; region i of a record R becomes R/i.
+
+    Of an encoded image, whose regions are only seen where it is read, one with several is refused there.
+    """
     kept = ("system", "max_tokens", "temperature", "seed")
     for record in records:
+        options = {name: value for name, value in record.options.items() if name in kept}
+        if record.error is None and _is_encoded(record) and options != record.options:
+            yield replace(record, id=f"{record.key}/0", options=options)
+            continue
         if record.error is not None or len(record.regions) == 0:
             yield record
             continue
-        options = {name: value for name, value in record.options.items() if name in kept}
         for number, region in enumerate(record.regions):
             yield replace(
                 record,
@@ -196,3 +203,7 @@ def each_region(records: Iterator[Record]) -> Iterator[Record]:
                 regions=(region,),
                 options=options,
             )
+
+
+def _is_encoded(record: Record) -> bool:
+    return isinstance(record.image, str) and record.image.endswith(SUFFIX) and len(record.regions) == 0

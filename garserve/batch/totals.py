@@ -8,11 +8,12 @@ from typing import Any
 
 @dataclass
 class Totals:
-    """Counts and times of one run; `before` are rows that an earlier run of the job had written."""
+    """Counts and times of one run; `before` are rows that earlier runs had written to the output, of any input."""
 
     total: int | None = None  # records of the input that pass the filters, where known
     before: int = 0
     errors_before: int = 0  # of those
+    met: int | None = None  # of those, records that the filters let through, as far as the input was read; if counted
     rows: int = 0
     errors: int = 0
     regions: int = 0
@@ -28,13 +29,13 @@ class Totals:
     begun: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
 
-    def add_row(self, row: Mapping[str, Any], regions: int = 1) -> None:
-        """Count a row of the output; `regions` are its regions where it does not hold them, as of an encoded image."""
+    def add_row(self, row: Mapping[str, Any]) -> None:
+        """Count a row of the output."""
         self.rows += 1
         if "error" in row:
             self.errors += 1
             return
-        self.regions += len(row["regions"]) or regions
+        self.regions += row.get("asked", len(row["regions"]))
         self.prompt_tokens += row["prompt_tokens"]
         self.cached_tokens += row["cached_tokens"]
         self.answer_tokens += row["answer_tokens"]
@@ -45,6 +46,14 @@ class Totals:
         for row in rows:
             self.errors_before += "error" in row
             yield row
+
+    @property
+    def done(self) -> int:
+        """Records of the input that pass the filters and have rows; where nobody counts them, at most the total."""
+        if self.met is not None:
+            return self.met + self.rows
+        known = self.before + self.rows
+        return known if self.total is None else min(known, self.total)
 
     def elapsed(self) -> float:
         """Return seconds since the job began, or that it took."""
@@ -74,7 +83,7 @@ class Totals:
         """Return how long the rest will take at the rate so far; None where nothing is known."""
         if self.total is None or not self.rows:
             return None
-        return max(self.total - self.before - self.rows, 0) * self.elapsed() / self.rows
+        return max(self.total - self.done, 0) * self.elapsed() / self.rows
 
     def as_json(self) -> dict[str, Any]:
         """Return everything for machines."""

@@ -100,7 +100,7 @@ async def closed_loop(url: str, requests: Sequence[dict[str, Any]], clients: int
 
 def _client(connections: int) -> httpx.AsyncClient:
     limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-    key = os.environ.get("GARSERVE_API_KEY")
+    key = os.environ.get("GARSERVE_API_KEY", "").strip()
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     return httpx.AsyncClient(timeout=_TIMEOUT, limits=limits, headers=headers, trust_env=False)
 

@@ -1,12 +1,11 @@
 """What is asked while measuring: photographs made of one that comes with garserve, and regions of random shapes.
 
-The same arguments give the same requests. Real masks come from a file of garserve's request lines.
+The same arguments give the same requests. Real masks are in real.py.
 """
 
-import json
+import math
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,11 @@ from garserve.inputs.images import hold_image
 from garserve.inputs.request import RegionRequest
 
 DENSE = 20
+PER_SEED = 1_000_000  # numbers of images that a seed has for itself: more images than anyone holds in memory
 _FIVE, _QUESTIONS = 5, 10
 _LONGEST_SIDE = 20_000
+_DOWN, _ACROSS = 7, 13  # pixels by which each picture is shifted against the one before
+_LIGHT_STEP = 32  # pixels between the points whose light is drawn
 _SMALLEST, _LARGEST = 0.004, 0.15  # of the image, what a region covers
 
 
@@ -60,17 +62,6 @@ def make_workload(
     return Workload(kind, requests, images)
 
 
-def real_workload(path: Path, *, max_tokens: int) -> Workload:
-    """Describe every region of a file of lines {"image": path, "regions": […]} by itself."""
-    requests: list[RegionRequest] = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for line in lines:
-        row = json.loads(line)
-        image = hold_image(path.parent / row["image"])
-        requests += [RegionRequest(image, [region], max_tokens=max_tokens) for region in row["regions"]]
-    return Workload(path.name, requests, len(lines))
-
-
 def parse_pair(option: str, text: str) -> tuple[int, int]:
     """Read two whole numbers as in 640x480. Raises RequestError naming the option."""
     parts = text.lower().split("x")
@@ -80,11 +71,25 @@ def parse_pair(option: str, text: str) -> tuple[int, int]:
 
 
 def picture(number: int, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Return a photograph [H, W, 3] that differs from those of other numbers in every tile."""
+    """Return a photograph [H, W, 3] that differs from those of other numbers in every tile.
+
+    It is shifted by the number; from where the shifts come again, light of the number's own lies on it as well.
+    """
+    width, height = size
     with Image.open(str(files("garserve") / "data" / "coffee.jpg")) as photo:
         resized = np.asarray(photo.convert("RGB").resize(size, Image.Resampling.BICUBIC))
-    shift = (7 * number % size[1], 13 * number % size[0])
-    return hold_image(np.roll(resized, shift, axis=(0, 1)))
+    shifted = np.roll(resized, (_DOWN * number % height, _ACROSS * number % width), axis=(0, 1))
+    shifts = math.lcm(height // math.gcd(_DOWN, height), width // math.gcd(_ACROSS, width))
+    return hold_image(shifted if number < shifts else _lit(shifted, number))
+
+
+def _lit(pixels: NDArray[np.uint8], number: int) -> NDArray[np.uint8]:
+    """Return pixels [H, W, 3] in a random light, so smooth that a thumbnail and a JPEG keep it."""
+    height, width = pixels.shape[:2]
+    shape = (height // _LIGHT_STEP + 2, width // _LIGHT_STEP + 2, 3)
+    coarse = Image.fromarray(np.random.default_rng(number).integers(0, 32, shape, dtype=np.uint8))
+    light = np.asarray(coarse.resize((width, height), Image.Resampling.BILINEAR))
+    return (pixels.astype(np.uint16) * 7 // 8 + light).astype(np.uint8)  # at most 223 + 31
 
 
 def region(seed: int, size: tuple[int, int]) -> NDArray[np.bool_]:

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,35 @@ from garserve.errors import InputError
 from garserve.evaluation.run import Evaluation
 
 
-def show_report(console: Console, results: Mapping[str, Evaluation], title: str) -> None:
-    """Print accuracies with their 95 % intervals, by attribute and form, and then what each part left out was worth."""
+@dataclass(frozen=True)
+class Conditions:
+    """What a report is of: under other conditions, accuracies may be others."""
+
+    checkpoint: str
+    backend: str
+    data: str  # the folder of the questions
+    limit: int | None  # of questions; None asks all
+    engine_options: Sequence[str]  # as they were given, NAME=VALUE
+    runtime: str  # where the tower ran, and the dtypes
+    machine: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+    def __str__(self) -> str:
+        asked = f"questions of {self.data}" + ("" if self.limit is None else f", --limit {self.limit}")
+        options = "".join(f", --engine-option {one}" for one in self.engine_options)
+        return f"{asked}{options}; {self.runtime}"
+
+
+def show_report(console: Console, results: Mapping[str, Evaluation], conditions: Conditions) -> None:
+    """Print the conditions, accuracies with their 95 % intervals by attribute and form, and each part's worth."""
     whole = results["whole"]
-    table = Table(title=f"True answers in %, {escape(title)}", caption="[95 % interval], then the number of questions")
+    described = {**conditions.machine, **conditions.versions}
+    console.print(", ".join(f"{key} {value}" for key, value in described.items()), style="dim", markup=False)
+    console.print(str(conditions), highlight=False, markup=False)
+    table = Table(
+        title=f"True answers in %, {escape(conditions.checkpoint)} on {conditions.backend}",
+        caption="[95 % interval], then the number of judgements: a description counts once for each of its attributes",
+    )
     table.add_column("attribute")
     table.add_column("form")
     for split in whole.splits:
@@ -46,9 +72,9 @@ def _parts(results: Mapping[str, Evaluation]) -> Table:
     return table
 
 
-def json_report(results: Mapping[str, Evaluation], checkpoint: str, backend: str) -> dict[str, Any]:
-    """Return everything that the tables show."""
-    report: dict[str, Any] = {"checkpoint": checkpoint, "backend": backend, **results["whole"].as_json()}
+def json_report(results: Mapping[str, Evaluation], conditions: Conditions) -> dict[str, Any]:
+    """Return everything that the tables show, and the conditions."""
+    report: dict[str, Any] = {**asdict(conditions), **results["whole"].as_json()}
     without = {name: one.as_json() for name, one in results.items() if name != "whole"}
     return report | ({"without": without} if without else {})
 

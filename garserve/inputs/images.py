@@ -46,7 +46,7 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> NDArray[
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image):
-        return _guarded("image", lambda: _to_rgb(_of_caller(source), "image", max_pixels))
+        return _guarded("image", lambda: _to_rgb(source, "image", max_pixels))
     file, name = _open_bytes(source)
     with file:
         return _guarded(name, lambda: _to_rgb(open_picture(file, name, max_pixels), name, max_pixels))
@@ -170,13 +170,6 @@ def _open_bytes(source: str | os.PathLike[str] | bytes) -> tuple[BinaryIO, str]:
     raise ImageError(f"image: expected a path, bytes, data URL, PIL image or array, got {type(source).__name__}")
 
 
-def _of_caller(image: Image.Image) -> Image.Image:
-    """Return a PIL image; ImageError for 8 bits in mode I, which is read as 16 bits, and would be black."""
-    if image.mode == "I" and image.format is None and 0 < (high := int(np.asarray(decoded(image)).max())) < 256:
-        raise ImageError(f"image: mode I with values up to {high}; expected 16 bits; convert 8 bits to mode L")
-    return image
-
-
 def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> NDArray[np.uint8]:
     _check_size(image, name, max_pixels)
     image = _upright(image)
@@ -193,20 +186,27 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> NDArray[np.uint8]
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turn an image as its EXIF data say; data that cannot be read say nothing."""
+    """Turn an image as its EXIF data say; data that cannot be read say nothing. It stays known what format it had."""
     decoded(image)
     try:
-        return ImageOps.exif_transpose(image)
+        upright = ImageOps.exif_transpose(image)
     except Exception:  # Pillow's reader of EXIF raises whatever it stumbles over
         return image
+    upright.format = image.format
+    return upright
 
 
 def _from_wide(image: Image.Image, name: str) -> Image.Image:
-    """32-bit grey: 16-bit files of old Pillow paths land here; anything outside 0..65535 has no defined white."""
+    """32-bit grey holds 16 bits; anything outside 0..65535 has no defined white, and 8 bits would become black.
+
+    A 16-bit PGM has mode I, too, but its header says how many bits it has, so it may be as dark as it likes.
+    """
     values = np.asarray(image)
     low, high = float(values.min()), float(values.max())
     if image.mode == "F" or low < 0 or high > 65535:
         raise ImageError(f"{name}: mode {image.mode} with values {low:g}..{high:g}; expected 8 or 16 bits a channel")
+    if 0 < high < 256 and image.format != "PPM":
+        raise ImageError(f"{name}: mode I with values up to {high:g}; expected 16 bits; convert 8 bits to mode L")
     return Image.fromarray((values.astype(np.uint32) >> 8).astype(np.uint8))
 
 

@@ -36,12 +36,14 @@ class Region:
         return mask
 
     @staticmethod
-    def from_mask(mask: NDArray[Any] | Image.Image | str | os.PathLike[str]) -> "Region":
+    def from_mask(mask: NDArray[Any] | Image.Image | str | os.PathLike[str], *, value: float | None = None) -> "Region":
         """Use a binary mask of the image's size: array [H, W] (non-zero is inside), PIL image or image file.
 
-        Of an image with an alpha channel that is not opaque everywhere, the alpha is the mask.
+        Of an image with an alpha channel in which some pixel is fully transparent, the alpha is the mask. In a JPEG,
+        128 and more is inside: compression leaves noise. With `value`, only that value is inside, whatever the others
+        are (of a palette picture: that index).
         """
-        return Region(MaskShape(mask))
+        return Region(MaskShape(mask, value))
 
     @staticmethod
     def from_box(box: Sequence[float], *, clip: bool = False) -> "Region":
@@ -83,7 +85,8 @@ class Region:
     @staticmethod
     def parse(data: Any) -> "Region":
         """Make a region from JSON data: {"box": …}, {"xywh": …}, {"polygon": …}, {"rle": …}, {"points": …},
-        {"scribble": …} or {"mask": path}; a Region is returned as it is, four bare numbers are a box.
+        {"scribble": …}, {"mask": path} or {"mask": path, "value": 7}; a Region is returned as it is, four bare numbers
+        are a box.
 
         Raises RegionError naming the field that cannot be used.
         """
@@ -108,7 +111,7 @@ _FIELDS: dict[str, tuple[Any, frozenset[str]]] = {
     "rle": (Region.from_rle, frozenset()),
     "points": (Region.from_points, frozenset({"radius"})),
     "scribble": (Region.from_scribble, frozenset({"width"})),
-    "mask": (Region.from_mask, frozenset()),
+    "mask": (Region.from_mask, frozenset({"value"})),
 }
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -21,6 +22,8 @@ Mask = NDArray[np.bool_]
 _EDGE_TOLERANCE = 1.0
 # Pixels of a stroke that are looked at together: four float64 for each are held meanwhile.
 _STROKE_BLOCK = 1 << 20
+# Formats whose compression leaves noise around shapes (MPO is several JPEGs in a file), and what is inside there.
+_LOSSY, _HALF = ("JPEG", "MPO"), 128
 
 
 class Shape(Protocol):
@@ -36,9 +39,10 @@ class Shape(Protocol):
 
 @dataclass(frozen=True)
 class MaskShape:
-    """A mask of the image's size."""
+    """A mask of the image's size: what is not 0, or only where it has the value `value`."""
 
     source: Any
+    value: float | None = None
     kind: ClassVar[str] = "mask"
 
     def draw(self, height: int, width: int) -> Mask:
@@ -56,12 +60,24 @@ class MaskShape:
         source = self.source
         if isinstance(source, str | os.PathLike):
             try:
-                return _mask_of_image(load_mask(source))
+                source = load_mask(source)
             except ImageError as error:
                 raise RegionError(f"{self.kind}: {error}") from None
         if isinstance(source, Image.Image):
-            return _mask_of_image(decoded(source))
-        array = np.asarray(source)
+            picture = decoded(source)
+            return _mask_of_image(picture) if self.value is None else _labels(picture) == self.value
+        array = self._numbers()
+        if self.value is not None:
+            return np.asarray(array == self.value)
+        return array if array.dtype == np.bool_ else array != 0
+
+    def _numbers(self) -> NDArray[Any]:
+        try:
+            array = np.asarray(self.source)
+        except ValueError:  # rows of different lengths
+            raise RegionError(
+                f"{self.kind}: expected numbers or booleans of shape [H, W], got {self.source!r:.80}"
+            ) from None
         if array.ndim == 3 and 1 in (array.shape[0], array.shape[2]):
             array = array.squeeze(0 if array.shape[0] == 1 else 2)
         if array.ndim != 2 or array.dtype.kind not in "biuf":
@@ -70,38 +86,57 @@ class MaskShape:
             )
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise RegionError(f"{self.kind}: holds NaN or infinite values")
-        return array if array.dtype == np.bool_ else array != 0
+        return array
+
+
+def _labels(picture: Image.Image) -> NDArray[Any]:
+    """Return a picture's values [H, W], a palette's indices; RegionError where it has none, or none that are exact."""
+    if len(picture.getbands()) > 1:
+        raise RegionError(f"mask: value: expected a grey or palette picture, got mode {picture.mode}")
+    if picture.format in _LOSSY:
+        raise RegionError(f"mask: value: expected a format that keeps values, such as PNG, got {picture.format}")
+    return np.asarray(picture)
 
 
 def _mask_of_image(image: Image.Image) -> Mask:
     if image.mode == "P" and (marked := _mask_of_palette(image)) is not None:
         return marked
     if image.mode in ("RGBA", "LA", "PA"):
-        alpha = np.asarray(image.getchannel("A"))
-        if not (alpha == 255).all():
-            return np.asarray(alpha != 0)
+        if (marked := _mask_of_alpha(image)) is not None:
+            return marked
         image = image.convert("RGB")
     array = np.asarray(image)
     if array.ndim == 3:
         if (array != array[..., :1]).any():
             raise RegionError("mask: expected a grey, black-and-white or palette picture, got a coloured one")
         array = array[..., 0]
-    return np.asarray(array != 0)
+    return np.asarray(array >= _HALF if image.format in _LOSSY else array != 0)
+
+
+def _mask_of_alpha(image: Image.Image) -> Mask | None:
+    """What is not fully transparent; None where nothing is, so that alpha marks nothing."""
+    alpha = np.asarray(image.getchannel("A"))
+    return np.asarray(alpha != 0) if (alpha == 0).any() else None
 
 
 def _mask_of_palette(image: Image.Image) -> Mask | None:
-    """What is not transparent, or not black; None where index 0 is outside, as in pictures of labels.
+    """What is not fully transparent, or not black; None where index 0 is outside, as in pictures of labels.
 
     A palette may have its colours in any order: it was made to hold them, not to say what is inside.
     """
-    if "transparency" in image.info:
-        alpha = np.asarray(image.convert("RGBA").getchannel("A"))
-        if not (alpha == 255).all():
-            return np.asarray(alpha != 0)
+    if "transparency" in image.info and (marked := _mask_of_alpha(image.convert("RGBA"))) is not None:
+        return marked
     colours = np.asarray(image.getpalette("RGB") or (), dtype=np.uint8).reshape(-1, 3)
     black = np.flatnonzero(~colours.any(axis=1))
     outside = np.isin(np.asarray(image), black)
     return ~outside if len(colours) and colours[0].any() and outside.any() else None
+
+
+def _check_pixels(kind: str, coordinates: Sequence[float]) -> None:
+    """Check that coordinates are pixels; RegionError where all lie in 0..1 and not all are whole."""
+    if min(coordinates) >= 0 and max(coordinates) <= 1 and any(number % 1 for number in coordinates):
+        got = ", ".join(f"{number:g}" for number in coordinates[:8]) + (", ..." if len(coordinates) > 8 else "")
+        raise RegionError(f"{kind}: expected pixels, got [{got}], which look like fractions")
 
 
 @dataclass(frozen=True)
@@ -117,8 +152,7 @@ class BoxShape:
         x1, y1, x2, y2 = self.box
         if x2 <= x1 or y2 <= y1:
             raise RegionError(f"{self.kind}: expected x1 < x2 and y1 < y2, got {list(self.box)}")
-        if min(self.box) >= 0 and max(self.box) <= 1 and any(edge % 1 for edge in self.box):
-            raise RegionError(f"{self.kind}: expected pixels, got {list(self.box)}, which look like fractions")
+        _check_pixels(self.kind, self.box)
         outside = x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0
         slack = 0 if outside else _EDGE_TOLERANCE
         beyond = x1 < -slack or y1 < -slack or x2 > width + slack or y2 > height + slack
@@ -139,6 +173,7 @@ class PolygonShape:
 
     def draw(self, height: int, width: int) -> Mask:
         """Draw on an image of this size; RegionError where it does not fit."""
+        _check_pixels(self.kind, [number for polygon in self.polygons for number in polygon])
         for polygon in self.polygons:
             xs, ys = polygon[::2], polygon[1::2]
             slack = _EDGE_TOLERANCE
@@ -182,6 +217,8 @@ class StrokeShape:
         """Draw on an image of this size; RegionError where it does not fit."""
         if not (math.isfinite(self.radius) and 0 < self.radius <= 10_000):
             raise RegionError(f"{self.kind}: expected a radius of more than 0 pixels, got {self.radius:g}")
+        if len(self.points) > 1:  # one alone may be a click on the first pixel
+            _check_pixels(self.kind, [number for point in self.points for number in point])
         mask = np.zeros((height, width), dtype=np.bool_)
         for x, y in self.points:
             if not (0 <= x <= width and 0 <= y <= height):

@@ -91,11 +91,8 @@ class RegionEncoder(nn.Module):
             for tile, mask, key in zip(item.tiles, item.masks, item.keys, strict=True)
         }
         keys = list(tiles)
-        images = {key for item in items if item.roi is None for key in item.keys}
-        # What whole images would cost, and regions whose image is not beside them here.
-        asked = sum(key not in images or item.roi is None for item in items for key in item.keys)
         self.allocate()
-        placement = self.tile_cache.place(keys, asked)
+        placement = self.tile_cache.place(keys, [key for item in items if item.roi is None for key in item.keys])
         missing = [keys[position] for position in placement.missing]
         if missing:
             try:

@@ -17,7 +17,11 @@ DEFAULT_GB = 0.5
 
 @dataclass(frozen=True)
 class TileCounts:
-    """What became of the tiles asked for since the start: those of each image, and of regions without their image."""
+    """What became of the tiles asked for since the start.
+
+    A region needs no tiles but its image's, so those count once, with the image; only where they are gone when the
+    region comes in a later step, and are computed again for it, they are asked for again.
+    """
 
     asked: int = 0
     computed: int = 0  # once in a step, however many items of it share the tile
@@ -70,11 +74,12 @@ class TileCache:
         self._slots.clear()
         self._free = list(range(self.capacity - 1, -1, -1))
 
-    def place(self, keys: Sequence[bytes], asked: int) -> Placement:
+    def place(self, keys: Sequence[bytes], of_images: Sequence[bytes]) -> Placement:
         """Find or make room for the distinct tiles of one step, none of which evicts another; after `allocate`.
 
-        `asked` counts the tiles of all items. A step of more tiles than the pool holds gets a tensor of its own, into
-        which known tiles are copied. Call `forget` where computing what is missing failed.
+        `of_images` are those of each image of the step, a tile of two images twice; they are counted as asked for, as
+        are other tiles that are missing. A step of more tiles than the pool holds gets a tensor of its own, into which
+        known tiles are copied. Call `forget` where computing what is missing failed.
         """
         pool = self._pool
         if pool is None:
@@ -94,9 +99,10 @@ class TileCache:
                 self._slots[keys[position]] = self._free.pop()
             placement = Placement(pool, [self._slots[key] for key in keys], missing)
         old, new = self.counts, len(missing)
+        images = set(of_images)
         self.counts = replace(
             old,
-            asked=old.asked + asked,
+            asked=old.asked + len(of_images) + sum(keys[position] not in images for position in missing),
             computed=old.computed + new,
             hits=old.hits + len(keys) - new,
             misses=old.misses + new,

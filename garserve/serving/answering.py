@@ -7,15 +7,17 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
-from vllm.exceptions import GenerationError, VLLMClientError
+from vllm.exceptions import RetryableRequestError, VLLMClientError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from garserve.errors import InputError, first_line
 from garserve.serving import metrics
-from garserve.serving.errors import APIError, engine_dead, from_input, from_validation, internal
+from garserve.serving.decoding import CutOffError
+from garserve.serving.errors import APIError, cut_off, engine_dead, from_input, from_validation, internal
 from garserve.serving.logs import logger
 from garserve.serving.service import note, request_id
 
@@ -30,9 +32,18 @@ async def read_body(request: Request, model: type[_Model]) -> _Model:
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise APIError(415, f"content-type: expected application/json, got {kind!r:.60}", code="content_type")
-    body = await request.body()
+    return await asyncio.to_thread(parsed, await request.body(), model)
+
+
+def parsed(body: bytes, model: type[_Model]) -> _Model:
+    """Return JSON as a model. Raises APIError (400) naming the field, in time and memory that the body bounds."""
+    # First to Python's objects: pydantic's own of JSON are several times as large, and it copies each into complaints.
     try:
-        return await asyncio.to_thread(model.model_validate_json, body)
+        data = from_json(body)
+    except ValueError as error:
+        raise APIError(400, f"body: {first_line(error)[:300]}", code="invalid_json") from None
+    try:
+        return model.model_validate(data)
     except ValidationError as error:
         raise from_validation(error) from None
 
@@ -43,9 +54,10 @@ def as_api_error(error: Exception, request: Request) -> APIError:
         return error
     if isinstance(error, InputError):
         return from_input(error)
-    if isinstance(error, GenerationError | EngineDeadError):
-        status = getattr(error, "status_code", 503)
-        return engine_dead() if int(status) == 503 else internal()
+    if isinstance(error, CutOffError):
+        return cut_off()
+    if isinstance(error, RetryableRequestError | EngineDeadError):
+        return engine_dead()
     if isinstance(error, VLLMClientError):
         return APIError(400, first_line(error)[:300], param=getattr(error, "parameter", None))
     logger.error("request failed", exc_info=error, extra={"fields": {"request_id": request_id(request)}})

@@ -1,6 +1,9 @@
 """POST /v1/chat/completions: OpenAI's chat with regions, on vLLM's own serving class."""
 
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from copy import copy
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -9,6 +12,7 @@ from pydantic import PrivateAttr
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.exceptions import GenerationError
 
 from garserve.errors import RequestError
 from garserve.inputs.processor import PreparedRequest
@@ -27,6 +31,8 @@ from garserve.vllm_plugin.items import engine_input
 router = APIRouter(route_class=Route)
 _PASSED_ON = ("top_p", "seed", "n", "stop", "presence_penalty", "frequency_penalty", "logprobs", "top_logprobs")
 
+_VLLM_ERROR = 'data: {"error":'  # how vLLM's chat stream tells of an exception; its chunks begin with their id
+
 
 class PreparedChat(ChatCompletionRequest):
     """vLLM's request with the engine's input beside it, which garserve has made."""
@@ -39,12 +45,40 @@ async def _render_prepared(request: PreparedChat) -> tuple[list[Any], list[Any]]
     return [], [request._engine_input]
 
 
+async def _raising(
+    stream: Callable[..., AsyncGenerator[str]], request: Any, outputs: AsyncGenerator[Any], *rest: Any, **options: Any
+) -> AsyncGenerator[str]:
+    """Yield what vLLM makes of the engine's outputs, and raise what it would put into an event in words of its own."""
+    failed: list[Exception] = []
+    async with (
+        aclosing(_remembering(outputs, failed)) as watched,
+        aclosing(stream(request, watched, *rest, **options)) as events,
+    ):
+        async for event in events:
+            if failed:
+                raise failed[0]
+            if event.startswith(_VLLM_ERROR):
+                raise GenerationError("vLLM's chat stream failed")
+            yield event
+
+
+async def _remembering(outputs: AsyncGenerator[Any], failed: list[Exception]) -> AsyncGenerator[Any]:
+    try:
+        async with aclosing(outputs):
+            async for output in outputs:
+                yield output
+    except Exception as error:
+        failed.append(error)
+        raise
+
+
 def region_chat(serving: OpenAIServingChat, engine: RegionEngineClient) -> OpenAIServingChat:
-    """Return vLLM's chat serving with garserve's prompts and texts; vLLM's own stays as it is."""
+    """Return vLLM's chat serving with garserve's prompts, texts and errors; vLLM's own stays as it is."""
     own: Any = copy(serving)
     own.online_renderer = copy(serving.online_renderer)
     own.online_renderer.render_chat = _render_prepared
     own.engine_client = engine
+    own.chat_completion_stream_generator = partial(_raising, own.chat_completion_stream_generator)
     return own  # type: ignore[no-any-return]
 
 
@@ -63,6 +97,8 @@ async def chat_completions(raw_request: Request) -> Response:
     answer = await attended(raw_request, _answer(own, body, raw_request), deadline)
     if isinstance(answer, ErrorResponse):
         error = answer.error
+        if error.code >= 500:
+            raise GenerationError(error.message)
         raise APIError(error.code, error.message, param=error.param)
     if hasattr(answer, "__anext__"):
         return stream_response(raw_request, answer, deadline)

@@ -5,7 +5,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from vllm.exceptions import RetryableRequestError
+from vllm.exceptions import GenerationError, RetryableRequestError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from garserve.inputs.tokenizer import GARTokenizer
@@ -15,27 +15,40 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
 ENGINE_GONE = "the engine has stopped; this server is going down"
+_HALF = "\N{REPLACEMENT CHARACTER}"  # what an unfinished character at the end is decoded to: one, of up to 3 bytes
+# Where a window begins within a character, its first 3 bytes are decoded otherwise than in the whole text. Eight
+# tokens, each a byte or more, have a whole character, of at most 4 bytes, behind those.
+_WINDOW = 8
+
+
+class CutOffError(RetryableRequestError):
+    """The engine, going down, ended an answer before its end."""
 
 
 @dataclass
 class TextStream:
-    """The text of one answer as its tokens come: all pieces together are what `garserve.Engine` returns."""
+    """The text of one answer as its tokens come: all pieces together are what `garserve.Engine` returns.
+
+    Only the last tokens are decoded again for each new one, so that an answer's cost grows with its length.
+    """
 
     tokenizer: GARTokenizer
     stop_id: int
-    ids: list[int] = field(default_factory=list)
-    _sent: str = ""
+    _window: list[int] = field(default_factory=list)
+    _sent: int = 0  # characters of the window's text
 
     def push(self, ids: list[int], *, finished: bool) -> str:
         """Take further tokens and return the text that they add; half a character waits for its other half."""
-        self.ids += ids
-        if finished and self.ids and self.ids[-1] == self.stop_id:
-            self.ids.pop()
-        text = self.tokenizer.decode(self.ids)
-        if not finished:
-            text = text.rstrip("\N{REPLACEMENT CHARACTER}")
-        piece = text[len(self._sent) :]
-        self._sent = text
+        if finished and ids and ids[-1] == self.stop_id:
+            ids = ids[:-1]
+        self._window += [token for token in ids if self.tokenizer.decode([token])]  # control tokens have no bytes
+        text = self.tokenizer.decode(self._window)
+        kept = 0 if finished else text.endswith(_HALF)
+        piece = text[self._sent : len(text) - kept]
+        if len(self._window) > 2 * _WINDOW:
+            self._window = self._window[-_WINDOW:]
+            text = self.tokenizer.decode(self._window)
+        self._sent = len(text) - kept
         return piece
 
 
@@ -56,7 +69,8 @@ class RegionEngineClient:
     ) -> "AsyncGenerator[RequestOutput]":
         """Yield outputs as vLLM does. Leaving early aborts the request in the engine.
 
-        A request with stop texts is detokenized by vLLM, which looks for them.
+        A request with stop texts is detokenized by vLLM, which looks for them. Raises GenerationError for an answer
+        that failed, CutOffError for one that vLLM ended early, and RetryableRequestError where the engine has stopped.
         """
         own_text = not sampling_params.stop
         sampling_params.detokenize = not own_text
@@ -64,7 +78,10 @@ class RegionEngineClient:
         try:
             async with aclosing(self._client.generate(prompt, sampling_params, request_id, **options)) as outputs:
                 async for output in outputs:
-                    for completion in output.outputs if own_text else ():
+                    for completion in output.outputs:
+                        _check_end(completion.finish_reason)
+                        if not own_text:
+                            continue
                         stream = streams.setdefault(completion.index, TextStream(self._tokenizer, self._stop_id))
                         completion.text = stream.push(
                             list(completion.token_ids), finished=completion.finish_reason is not None
@@ -72,3 +89,10 @@ class RegionEngineClient:
                     yield output
         except EngineDeadError:
             raise RetryableRequestError(ENGINE_GONE) from None
+
+
+def _check_end(reason: str | None) -> None:
+    if reason == "error":
+        raise GenerationError("vLLM could not go on with an answer")
+    if reason not in (None, "stop", "length"):
+        raise CutOffError(f"vLLM ended an answer early: {reason}")

@@ -15,7 +15,7 @@ from garserve.inputs.processor import PreparedRequest
 from garserve.inputs.regions import Region
 from garserve.serving import metrics
 from garserve.serving.answering import DONE, as_api_error, attended, deadline_in, event, read_body, stream_response
-from garserve.serving.errors import APIError, cut_off, internal
+from garserve.serving.errors import APIError
 from garserve.serving.openapi import documented
 from garserve.serving.preparation import Picture, check_count
 from garserve.serving.routes import Route
@@ -187,7 +187,6 @@ class _Job:
                     continue
                 if body.stream and completion.text:
                     self._queue.put_nowait({"index": index, "delta": completion.text})
-                if (reason := completion.finish_reason) not in ("stop", "length"):  # vLLM failed, or is going down
-                    raise internal() if reason == "error" else cut_off()
                 counts = {"prompt_tokens": tokens, "completion_tokens": count}
-                self._queue.put_nowait({"index": index, "text": text, "finish_reason": reason, **counts})
+                done = {"index": index, "text": text, "finish_reason": completion.finish_reason}
+                self._queue.put_nowait({**done, **counts})

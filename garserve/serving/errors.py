@@ -23,6 +23,15 @@ _TYPES = {
     504: "timeout_error",
 }
 _KIND = re.compile(r"^(?:constrained-)?(?:str|list)$|\[")  # how pydantic calls the branches of a union
+# pydantic speaks of Python's types here
+_WORDS = {
+    "model_type": "expected an object",
+    "model_attributes_type": "expected an object",
+    "dict_type": "expected an object",
+    "list_type": "expected a list",
+}
+_NAME = 60  # of a field that a client made up
+_MESSAGE = 1000  # characters: a message may quote what a client sent
 _FIELD = re.compile(r"^([A-Za-z_][\w.]*(?:\[\d+\])?(?:\.[A-Za-z_]\w*|\[\d+\])*): ")
 
 
@@ -55,20 +64,21 @@ class APIError(Exception):
 
 def from_input(error: InputError) -> APIError:
     """Return what garserve says about a request as a 400; its first words name the field."""
-    message = str(error)
+    message = str(error)[:_MESSAGE]
     named = _FIELD.match(message)
     return APIError(400, message, param=named[1] if named else None)
 
 
 def from_validation(error: ValidationError) -> APIError:
     """Return pydantic's most precise complaint as a 400."""
-    # Of a field that may be of several kinds, the complaint that looked deepest is about the kind that was meant.
-    first = max(error.errors(include_url=False, include_context=False), key=lambda found: len(found["loc"]))
-    where = ".".join(str(part) for part in first["loc"] if not _KIND.search(str(part)))
-    if first["type"] == "json_invalid":
-        return APIError(400, f"body: {first['msg'].removeprefix('Invalid JSON: ')}", code="invalid_json")
+    # Of a field that may be of several kinds, the complaint that looked deepest is about the kind that was meant; so is
+    # one that has got past the type.
+    found = error.errors(include_url=False, include_context=False)
+    first = max(found, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
+    where = ".".join(str(part)[:_NAME] for part in first["loc"] if not _KIND.search(str(part)))
+    said = _WORDS.get(first["type"], first["msg"])
     got = "" if first["type"] == "missing" else f", got {_short(first.get('input'))}"
-    return APIError(400, f"{where or 'body'}: {first['msg']}{got}", param=where or None)
+    return APIError(400, f"{where or 'body'}: {said}{got}", param=where or None)
 
 
 def _short(value: object) -> str:

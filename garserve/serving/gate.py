@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from starlette._utils import get_route_path  # what routes are found by: the gate must see the same path
 from starlette.datastructures import Headers, MutableHeaders
 
 from garserve.serving import metrics
@@ -73,7 +74,7 @@ class Gate:
         except APIError as error:
             await passage.refuse(error)
         except _StalledError:
-            metrics.disconnected.inc()
+            passage.count_as_gone()
         except Exception as error:  # nothing of the inside goes out
             logger.error("request failed", exc_info=error, extra={"fields": {"request_id": passage.id}})
             await passage.refuse(internal())
@@ -82,8 +83,7 @@ class Gate:
         return None
 
     async def _pass(self, scope: MutableMapping[str, Any], passage: "_Passage") -> None:
-        path = scope["path"]
-        if path not in OPEN and not path.startswith("/page/"):
+        if passage.path not in OPEN and not passage.path.startswith("/page/"):
             self._keys.check(passage.headers)
         work = scope["method"] == "POST"
         if work:
@@ -101,6 +101,7 @@ class _Passage:
 
     def __init__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send, settings: Settings) -> None:
         self._scope, self._receive, self._send = scope, receive, send
+        self.path = get_route_path(scope)  # without --root-path; asked now, for a mount changes what is the root
         self._most, self._seconds = settings.max_body_bytes, settings.body_seconds
         self._send_seconds = settings.send_seconds
         self.headers = Headers(scope=scope)
@@ -160,6 +161,12 @@ class _Passage:
             self._facts["stalled"] = True
             raise _StalledError from None
 
+    def count_as_gone(self) -> None:
+        """Count the client among those that went away, unless its answer's events have, when they were ended."""
+        if not self._facts.get("disconnected"):
+            metrics.disconnected.inc()
+            self._facts["disconnected"] = True
+
     async def refuse(self, error: APIError) -> None:
         """Answer with an error, unless an answer has begun: then nothing can be said any more."""
         if self._status is None:
@@ -179,7 +186,7 @@ class _Passage:
 
     def log(self) -> None:
         """Write the request's line. Probes and scrapes are not worth one while they go well."""
-        if self._scope["path"] in _QUIET and self._status is not None and self._status < 400:
+        if self.path in _QUIET and self._status is not None and self._status < 400:
             return
         client = self._scope.get("client")
         fields = {

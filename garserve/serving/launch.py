@@ -12,7 +12,15 @@ from garserve.errors import GarserveError, RequestError, first_line
 from garserve.export.choice import choose_vision
 from garserve.model.tile_cache import DEFAULT_GB, TileCache
 from garserve.serving.settings import KEY_VARIABLES, Settings
-from garserve.vllm_plugin.arguments import engine_arguments, engine_environment, quiet, ranks, worker_arguments
+from garserve.vllm_plugin.arguments import (
+    engine_arguments,
+    engine_environment,
+    merged_overrides,
+    quiet,
+    ranks,
+    worker_arguments,
+)
+from garserve.vllm_plugin.options import check_options
 
 PLUGIN = "garserve"
 ENGINE_LOST = 1
@@ -43,6 +51,7 @@ def serve(launch: Launch) -> int:
 
     Raises CheckpointError, RequestError or GarserveError where it cannot start.
     """
+    check_options(launch.engine_options)
     opened = Checkpoint.open(launch.checkpoint)
     if launch.box_scale is not None:
         opened = replace(opened, config=opened.config.with_box_scale(launch.box_scale))
@@ -76,7 +85,7 @@ def _arguments(launch: Launch, opened: Checkpoint, vision: Any) -> Namespace:
     chosen = engine_arguments(
         opened.folder, opened.config, options, in_process=False, tile_cache_gb=gigabytes, vision=vision
     )
-    chosen |= {
+    own = {
         "disable_log_stats": False,  # the metrics
         "mm_processor_cache_gb": 0,  # items are made by garserve's own processor, not by vLLM's
         "generation_config": "vllm",  # what a request does not say is garserve's choice, not a file's
@@ -84,14 +93,15 @@ def _arguments(launch: Launch, opened: Checkpoint, vision: Any) -> Namespace:
         "port": launch.port,
         "served_model_name": [launch.model_name or Path(launch.checkpoint).name or opened.folder.resolve().name],
         "api_server_count": launch.api_workers,
-        "shutdown_timeout": int(launch.settings.drain_seconds),
+        "shutdown_timeout": int(launch.settings.drain_seconds),  # for an engine that hears Ctrl-C or SIGTERM itself
         "disable_uvicorn_access_log": True,
         "uvicorn_log_level": "info" if launch.verbose else "warning",
-        **options,
     }
+    chosen |= {name: value for name, value in own.items() if name not in options}
     parser = make_arg_parser(FlexibleArgumentParser(prog="garserve serve CHECKPOINT --"))
     parser.set_defaults(**chosen)
     arguments = parser.parse_args(list(launch.vllm_arguments))
+    arguments.hf_overrides = merged_overrides(chosen["hf_overrides"], arguments.hf_overrides)
     if arguments.api_key:
         raise RequestError("--api-key: give it to garserve serve itself, before the --")
     vars(arguments).update(worker_arguments(vars(arguments)))

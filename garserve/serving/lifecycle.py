@@ -21,7 +21,9 @@ from garserve.vllm_plugin.items import engine_input
 
 _WATCH_SECONDS = 0.25
 _COUNT_SECONDS = 5.0
-_LAST_WORDS_SECONDS = 2.0  # for requests to hear that the engine has stopped
+_LAST_WORDS_SECONDS = 2.0  # for requests to hear that the engine has stopped, or that they are cut off
+_ABORT_SECONDS = 0.1
+_ENGINE_SECONDS = 5  # for an engine that has nothing to do any more to end by itself
 
 WARMING = "warming up"
 engine_lost = False  # read by the launcher after the server has ended: then it was no orderly end
@@ -34,6 +36,7 @@ class Lifecycle:
         self._own, self._state = own, state
         self.not_ready: str | None = WARMING
         self._ending: asyncio.Task[None] | None = None
+        self._cutting = False
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -60,18 +63,51 @@ class Lifecycle:
         )
 
     def end(self) -> None:
-        """Take no more requests, let those in work finish, and stop the server. A second call stops it at once."""
-        if self._ending is not None:
+        """Take no more requests, let those in work finish, and stop the server.
+
+        A second call cuts off those in work, a third waits for nothing.
+        """
+        if self._ending is None:
+            self._own.admission.close("the server is going down")
+            self._ending = asyncio.ensure_future(self._drain(self._own.settings.drain_seconds))
+        elif not self._cutting:
+            self._ending.cancel()
+            self._ending = asyncio.ensure_future(self._cut_off())
+        else:
             self._stop(force=True)
-            return
-        self._own.admission.close("the server is going down")
-        self._ending = asyncio.ensure_future(self._drain(self._own.settings.drain_seconds))
 
     async def _drain(self, seconds: float) -> None:
         event("draining", in_work=self._own.admission.in_work, seconds=seconds)
         finished = await self._own.admission.idle(seconds)
         event("drained", finished=finished, in_work=self._own.admission.in_work)
-        self._stop(force=not finished)
+        if finished:
+            self._stop(force=False)
+        else:
+            await self._cut_off()
+
+    async def _cut_off(self) -> None:
+        """End the requests in work, whose clients are told, and stop the server.
+
+        vLLM waits for its engine then, as long as for answers, and hears no signal: so the engine is left with nothing
+        to do, and with less time.
+        """
+        self._cutting = True
+        event("cutting off", in_work=self._own.admission.in_work)
+        config = self._own.engine.vllm_config
+        config.shutdown_timeout = min(config.shutdown_timeout, _ENGINE_SECONDS)
+        for _ in range(int(_LAST_WORDS_SECONDS / _ABORT_SECONDS)):
+            await self._abort()
+            if await self._own.admission.idle(_ABORT_SECONDS):  # else some were being prepared, and come now
+                break
+        self._stop(force=True)
+
+    async def _abort(self) -> None:
+        """End all that this process has in the engine; whoever waits for it gets its end with the reason `abort`."""
+        engine = self._own.engine
+        try:
+            await engine.abort(list(engine.output_processor.request_states), internal=True)
+        except Exception:
+            logging.getLogger(__name__).debug("nothing was aborted", exc_info=True)
 
     def _stop(self, *, force: bool) -> None:
         self._state.server.should_exit = True

@@ -9,13 +9,12 @@ from contextlib import asynccontextmanager
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.datastructures import State
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
-from garserve.checkpoint import resolve
 from garserve.config import read_config
 from garserve.inputs.processor import Processor
 from garserve.inputs.prompts import stop_token_id
@@ -27,18 +26,26 @@ from garserve.serving.gate import Gate
 from garserve.serving.lifecycle import Lifecycle
 from garserve.serving.logs import set_up
 from garserve.serving.preparation import Preparer
+from garserve.serving.routes import Route
 from garserve.serving.service import Service
-from garserve.serving.settings import Settings
-from garserve.vllm_plugin.multimodal import engine_max_num_tiles
+from garserve.serving.settings import Settings, folder_of_images
+from garserve.vllm_plugin.multimodal import checkpoint_folder, engine_max_num_tiles
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
     from vllm.tasks import SupportedTask
 
-ROUTERS = [basics.router, page_routes.router, chat.router, describe.router, refine.router]
+_router = APIRouter(route_class=Route)
+ROUTERS = [_router, basics.router, page_routes.router, chat.router, describe.router, refine.router]
 
 # Of vLLM's own routes; the others take images and control tokens past garserve's limits, or control the server.
-_KEPT = ("/metrics", "/version", "/load", "/openapi.json")
+_KEPT = ("/metrics", "/version", "/openapi.json")
+
+
+@_router.get("/load")
+async def load(request: Request) -> Response:
+    """How many requests this API process has in work or waiting. In vLLM's form; vLLM's own counts its own routes."""
+    return JSONResponse({"server_load": request.app.state.garserve_admission.in_work})
 
 
 class RegionEndpoints:
@@ -49,7 +56,7 @@ class RegionEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         """Take away the routes that are not safe to expose, and add garserve's with the gate before them."""
-        settings = getattr(app.state.args, "garserve", None) or Settings.from_environment()
+        settings = getattr(app.state.args, "garserve", None) or _of_environment()
         admission = Admission(settings.max_queue)
         app.state.garserve_settings, app.state.garserve_admission = settings, admission
         set_up(settings.log_format)
@@ -69,7 +76,7 @@ class RegionEndpoints:
         model_config = engine_client.model_config
         from vllm.platforms import current_platform
 
-        folder = resolve(model_config.model)
+        folder = checkpoint_folder(model_config)
         config = read_config(folder).with_box_scale(model_config.hf_config.replay_box_scale)
         processor = Processor(folder, config, max_num_tiles=engine_max_num_tiles(model_config))
         stop_id = stop_token_id(processor.tokenizer)
@@ -86,6 +93,14 @@ class RegionEndpoints:
             seeds=not current_platform.is_cpu(),
         )
         state.garserve_lifecycle = Lifecycle(state.garserve, state)
+
+
+def _of_environment() -> Settings:
+    """Return the settings of a plain `vllm serve`; `garserve serve` has checked its own."""
+    settings = Settings.from_environment()
+    if settings.image_folder is not None:
+        folder_of_images(str(settings.image_folder), "GARSERVE_SERVE_IMAGE_FOLDER")
+    return settings
 
 
 def _around(lifespan: Any) -> Any:

@@ -2,8 +2,11 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
+_FIELDS = 64  # of any object: the largest one, a chat's request, knows fewer than 40
+_REGIONS = 100_000  # what a list may hold before the server's own limit is asked
 # All of `n` answers' seeds, one after the other, have to fit into 64 bits.
 _Seed = Annotated[int, Field(ge=0, le=2**63 - 8)]
 
@@ -37,7 +40,18 @@ _REGION_SCHEMA: dict[str, Any] = {
     "minProperties": 1,
     "examples": [{"box": [196, 228, 262, 310]}, {"points": [[366, 283]], "radius": 41}],
 }
-RegionJSON = Annotated[dict[str, Any], Field(json_schema_extra=_REGION_SCHEMA)]
+
+
+def _few_fields(value: object) -> object:
+    """Refuse an object of very many fields before each of them becomes a complaint of its own."""
+    if isinstance(value, dict) and len(value) > _FIELDS:
+        raise PydanticCustomError("too_many_fields", "expected at most {most} fields", {"most": _FIELDS})
+    return value
+
+
+RegionJSON = Annotated[dict[str, Any], Field(json_schema_extra=_REGION_SCHEMA), BeforeValidator(_few_fields)]
+# Lists end at the first element that is wrong: a complaint about each takes hundreds of times an element's memory.
+_Regions = Annotated[list[RegionJSON], Field(max_length=_REGIONS, fail_fast=True)]
 
 _EXAMPLE_IMAGE = "data:image/png;base64,iVBORw0KGgo…"
 
@@ -46,6 +60,11 @@ class Strict(BaseModel):
     """Unknown fields are refused by name, and nothing is converted."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_fields(cls, data: object) -> object:
+        return _few_fields(data)
 
 
 class ImageURL(Strict):
@@ -60,7 +79,7 @@ class ImagePart(Strict):
 
     type: Literal["image_url"]
     image_url: ImageURL
-    regions: list[RegionJSON] | None = Field(
+    regions: _Regions | None = Field(
         None, description="`<Prompt0>`, `<Prompt1>`, … in this order. Without it, the alpha channel is the one region."
     )
 
@@ -72,6 +91,7 @@ class TextPart(Strict):
     text: str
 
 
+_Part = Annotated[ImagePart | TextPart, Field(discriminator="type")]
 _Nothing = Annotated[list[Any], Field(max_length=0)] | None
 
 
@@ -82,7 +102,7 @@ class Message(Strict):
     """
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Annotated[ImagePart | TextPart, Field(discriminator="type")]]
+    content: str | Annotated[list[_Part], Field(max_length=256, fail_fast=True)]
     name: str | None = Field(None, description="Taken and ignored.")
     refusal: None = None
     audio: None = None
@@ -136,11 +156,9 @@ class ChatRequest(Strict):
             ]
         },
     )
-    messages: list[Message] = Field(min_length=1, max_length=256)
+    messages: list[Message] = Field(min_length=1, max_length=256, fail_fast=True)
     model: str | None = Field(None, description="One of /v1/models; the served one by default.")
-    regions: list[RegionJSON] | None = Field(
-        None, description="The regions, where a client cannot put them into the message."
-    )
+    regions: _Regions | None = Field(None, description="The regions, where a client cannot put them into the message.")
     max_tokens: int | None = Field(None, ge=1, le=1_000_000, description="256 by default.")
     max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000)
     temperature: float | None = Field(None, ge=0, le=2, description="0 by default: the most probable token each time.")
@@ -160,7 +178,9 @@ class ChatRequest(Strict):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     return_token_ids: bool | None = Field(None, description="vLLM's extension: ids beside texts.")
     user: str | None = Field(None, description="Taken and ignored.")
-    metadata: dict[str, str] | None = Field(None, description="Taken and ignored.")
+    metadata: Annotated[dict[str, str], BeforeValidator(_few_fields)] | None = Field(
+        None, description="Taken and ignored."
+    )
     store: bool | None = Field(None, description="Taken and ignored.")
 
 
@@ -175,9 +195,7 @@ class DescribeRequest(Strict):
         },
     )
     image: str = Field(min_length=1, description="data:…, or what the operator allows of http(s):// and file://")
-    regions: list[RegionJSON] | None = Field(
-        None, description="Without it, the alpha channel of the image is the one region."
-    )
+    regions: _Regions | None = Field(None, description="Without it, the alpha channel of the image is the one region.")
     model: str | None = None
     stream: bool = Field(False, description="Server-sent events: pieces of captions, and each caption as it is done.")
     max_tokens: int = Field(256, ge=1, le=1_000_000)

@@ -1,5 +1,6 @@
 """What an operator decides: who may ask, how much, and how long (everything picklable, for several API processes)."""
 
+import difflib
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, fields
@@ -42,17 +43,20 @@ class Settings:
     def from_environment(cls, *, given: Collection[str] = ()) -> "Settings":
         """Return the defaults, changed by GARSERVE_SERVE_<FIELD> variables; `given` fields have options of their own.
 
-        Raises RequestError for a value that its field cannot take, and for a variable of a field that is `given`.
+        The keys are those of GARSERVE_SERVE_API_KEYS and of `keys_of_environment` together; an empty variable of keys,
+        or of the folder, says nothing. Raises RequestError for a value that its field cannot take, for a variable of a
+        field that is `given`, and for a GARSERVE_SERVE_ variable that is no field's.
         """
+        known = {_PREFIX + field.name.upper(): field for field in fields(cls)}
+        _refuse_unknown(known)
         chosen: dict[str, Any] = {}
-        for field in fields(cls):
-            text = os.environ.get(_PREFIX + field.name.upper())
+        for variable, field in known.items():
+            text = os.environ.get(variable)
             if text is not None and field.name in given:
-                raise RequestError(f"{_PREFIX}{field.name.upper()}: has an option of garserve serve; use that")
+                raise RequestError(f"{variable}: has an option of garserve serve; use that")
             if text is not None:
                 chosen[field.name] = _read(field.name, text, field.default)
-        if "api_keys" not in chosen:
-            chosen["api_keys"] = keys_of_environment()
+        chosen["api_keys"] = tuple(dict.fromkeys((*chosen.get("api_keys", ()), *keys_of_environment())))
         return cls(**chosen)
 
 
@@ -61,11 +65,31 @@ def keys_of_environment() -> tuple[str, ...]:
     return tuple(key for name in KEY_VARIABLES if (key := os.environ.get(name, "").strip()))
 
 
+def folder_of_images(text: str, given_as: str) -> Path:
+    """Return a folder that file:// images may be read from. Raises RequestError, which names `given_as`, for another.
+
+    An empty text is none: as a path it would be the working directory.
+    """
+    if not text.strip() or not Path(text).is_dir():
+        raise RequestError(f"{given_as}: expected a folder, got {text!r:.80}")
+    return Path(text)
+
+
+def _refuse_unknown(known: Collection[str]) -> None:
+    """Raise a RequestError for a variable of the server that it does not know: a misspelt key would leave it open."""
+    for name in sorted(os.environ):
+        if name.startswith(_PREFIX) and name not in known:
+            fields_known = [variable.removeprefix(_PREFIX) for variable in known]
+            near = difflib.get_close_matches(name.removeprefix(_PREFIX).upper(), fields_known, n=1)
+            meant = f"did you mean {_PREFIX}{near[0]}?" if near else "the fields of garserve's Settings are all"
+            raise RequestError(f"{name}: no variable of the server; {meant}")
+
+
 def _read(name: str, text: str, default: Any) -> Any:
     if name in ("api_keys", "image_hosts"):
         return tuple(part.strip() for part in text.split(",") if part.strip())
     if name == "image_folder":
-        return Path(text)
+        return Path(text) if text.strip() else None
     kind = type(default)
     least = 1 if kind is int and default else 0
     try:

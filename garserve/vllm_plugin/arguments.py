@@ -6,8 +6,9 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,13 @@ if TYPE_CHECKING:
 # Named by its path: the CPU build takes "uni" for "mp".
 _IN_ENGINE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 _BIND = "VLLM_CPU_OMP_THREADS_BIND"
+# By which options of garserve's the entries of `hf_overrides` are chosen.
+_OWN_OPTIONS = {
+    "replay_box_scale": "box_scale",
+    "tile_cache_gb": "tile_cache_gb",
+    "vision_model": "vision_model",
+    "vision_provider": "vision_backend",
+}
 _set_here: set[str] = set()  # variables of the environment that are there for the start of an engine
 
 
@@ -37,9 +45,10 @@ def engine_arguments(
 ) -> dict[str, Any]:
     """Return the arguments of vLLM's EngineArgs: garserve's choices, and over them whatever `options` says.
 
-    `vision` is an exported tower with the execution provider to run it on.
+    `vision` is an exported tower with the execution provider to run it on. `hf_overrides` in `options` are merged with
+    garserve's own (`merged_overrides`).
 
-    Raises RequestError for an option that this vLLM does not have.
+    Raises RequestError for an option that this vLLM does not have, and for overrides against garserve's own options.
     """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
@@ -67,7 +76,37 @@ def engine_arguments(
     unknown = sorted(set(options) - known)
     if unknown:
         raise RequestError(f"engine option {unknown[0]!r} is none of vLLM's (see vllm.EngineArgs)")
-    return chosen | options
+    overrides = merged_overrides(chosen["hf_overrides"], options.get("hf_overrides"))
+    return chosen | options | {"hf_overrides": overrides}
+
+
+def merged_overrides(chosen: dict[str, Any], given: Any) -> Any:
+    """Return garserve's own entries of vLLM's `hf_overrides` together with the user's.
+
+    `given` is a dict; or None, for no more entries; or a function of the config, which is then called with garserve's
+    entries in it. Its `tile_cache_gb` takes the place of garserve's default.
+
+    Raises RequestError where `given` is none of these, or says something else than an option of garserve's own.
+    """
+    if given is None or given is chosen:
+        return chosen
+    if callable(given):
+        return partial(_override, chosen, given)
+    if not isinstance(given, Mapping):
+        raise RequestError(f"hf_overrides: expected an object of names and values, got {given!r:.80}")
+    for name in sorted(set(chosen) & set(given)):
+        default = name == "tile_cache_gb" and chosen[name] == DEFAULT_GB
+        if given[name] != chosen[name] and not default:
+            raise RequestError(
+                f"hf_overrides: expected {name} as by garserve's own option {_OWN_OPTIONS[name]} "
+                f"({chosen[name]!r:.80}), got {given[name]!r:.80}; give it by that option alone"
+            )
+    return {**chosen, **given}
+
+
+def _override(chosen: dict[str, Any], given: Callable[[Any], Any], config: Any) -> Any:
+    config.update(chosen)
+    return given(config)
 
 
 def ranks(arguments: Mapping[str, Any]) -> int:

@@ -1,7 +1,7 @@
 """vLLM as a backend of garserve's engine."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -21,6 +21,16 @@ def _on_gpu() -> bool:
     from vllm.platforms import current_platform
 
     return not current_platform.is_cpu()
+
+
+def _refuse_replicas(options: Mapping[str, Any]) -> None:
+    """One thread and one client of vLLM's drive one engine: with more, vLLM would wait for ever for an answer."""
+    if (asked := options.get("data_parallel_size")) not in (None, 1):
+        raise RequestError(
+            f"data_parallel_size: expected 1, since an engine loaded here is a single one, got {asked!r:.80}; for more "
+            "of them take `garserve batch --ray local --engines N`, or `garserve serve CHECKPOINT -- "
+            "--data-parallel-size N`"
+        )
 
 
 class VLLMBackend:
@@ -46,12 +56,13 @@ class VLLMBackend:
         `separate_process` runs the engine core in a process of its own: preparation and decoding then never wait
         for each other's interpreter lock, at the price of a second start; "gpu" does so unless vLLM runs on the CPU.
         `vision` is an exported tower and the execution provider to run it on, in the place of the checkpoint's own.
+
+        Raises RequestError for options that cannot be, GarserveError where vLLM does not start.
         """
         try:
+            _refuse_replicas(options)
             quiet(verbose=verbose)
             apart = _on_gpu() if separate_process == "gpu" else separate_process
-            if not apart:
-                self._claim_process()
             if max_num_tiles is not None:
                 options["mm_processor_kwargs"] = {
                     "max_num_tiles": max_num_tiles,
@@ -65,25 +76,27 @@ class VLLMBackend:
                 tile_cache_gb=TileCache(tile_cache_gb).gigabytes,
                 vision=vision,
             )
-            self.driver = EngineDriver(arguments, separate_process=apart)
+            if not apart:
+                self._claim_process()
+            self.driver = EngineDriver(arguments, separate_process=apart, on_end=self._release_process)
             chunked = self.driver.engine.vllm_config.scheduler_config.enable_chunked_prefill
             self._takes_seeds = _on_gpu() or not chunked
         except GarserveError:
             self._release_process()
             raise
-        except BaseException as error:
+        except Exception as error:  # but for Ctrl-C, after which the engine may still be starting
             self._release_process()
-            if not isinstance(error, Exception):
-                raise
             raise GarserveError(f"vLLM did not start ({type(error).__name__}: {first_line(error)})") from error
 
     def _claim_process(self) -> None:
         """vLLM keeps its process groups in globals: the engine that closes first would take them from the other."""
         with _process_lock:
-            if VLLMBackend._in_process is not None:
-                raise GarserveError(
-                    "a vLLM engine runs in this process already: close it first, or load with separate_process=True"
-                )
+            if (other := VLLMBackend._in_process) is not None:
+                if hasattr(other, "driver"):
+                    state, advice = "runs in this process already", "close it first"
+                else:
+                    state, advice = "is starting in this process (after Ctrl-C: to be closed then)", "try again later"
+                raise GarserveError(f"a vLLM engine {state}: {advice}, or load with separate_process=True")
             VLLMBackend._in_process = self
 
     def _release_process(self) -> None:
@@ -116,4 +129,3 @@ class VLLMBackend:
     def close(self) -> None:
         """Stop the engine."""
         self.driver.close()
-        self._release_process()

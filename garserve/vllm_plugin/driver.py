@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from traceback import format_exception
 from typing import TYPE_CHECKING, Any
 
@@ -35,14 +36,26 @@ _WATCH_SECONDS = 0.5
 class _Running:
     on_report: OnReport
     engine_id: str | None = None
+    again: Callable[[], object] | None = None  # hands it over once more, where not all of its items were sent
 
 
 class EngineDriver:
     """Owns an LLMEngine and the thread that steps it. `submit` may be called from any thread."""
 
-    def __init__(self, arguments: dict[str, Any], *, separate_process: bool = False) -> None:
-        """Start the engine; an error of its start is raised here."""
+    def __init__(
+        self,
+        arguments: dict[str, Any],
+        *,
+        separate_process: bool = False,
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Start the engine; an error of its start is raised here.
+
+        `on_end` is called by the engine's thread when no engine is left, which may be long after Ctrl-C has broken this
+        off: vLLM's start cannot be, so the thread closes the engine as soon as it has started.
+        """
         self._separate_process = separate_process
+        self._on_end = on_end
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._running: dict[str, _Running] = {}
         self._numbers = itertools.count()
@@ -52,8 +65,13 @@ class EngineDriver:
         self.engine: LLMEngine
         self._thread = threading.Thread(target=self._run, args=(arguments,), name="garserve-engine", daemon=True)
         threads = torch.get_num_threads()
-        self._thread.start()
-        if (error := self._started.get()) is not None:
+        try:
+            self._thread.start()
+            error = self._started.get()
+        except BaseException:
+            self._stop()
+            raise
+        if error is not None:
             raise error
         _keep_threads(threads)
         atexit.register(self.close)
@@ -63,18 +81,9 @@ class EngineDriver:
         number = str(next(self._numbers))
 
         def add() -> None:
-            self._running[number] = running = _Running(on_report)
-            try:
-                with span("hand over"):
-                    running.engine_id = self._add(number, prepared, sampling)
-            except Exception as error:  # vLLM refuses requests with several kinds of error
-                del self._running[number]
-                if _is_dead(self.engine):
-                    deliver(on_report, GarserveError(f"the engine has stopped: {error}"))
-                    return
-                with suppress(Exception):  # it may be known to vLLM in part already
-                    self.engine.abort_request([number])
-                deliver(on_report, RequestError(f"refused by vLLM: {error}"))
+            running = _Running(on_report)
+            if not self._hand_over(number, running, prepared, sampling):
+                running.again = partial(self._hand_over, number, running, prepared, sampling)
 
         def cancel() -> None:
             running = self._running.pop(number, None)
@@ -84,19 +93,36 @@ class EngineDriver:
         self._send(add)
         return lambda: self._send(cancel, even_if_dead=True)
 
-    def _add(self, number: str, prepared: PreparedRequest, sampling: Sampling) -> str:
+    def _hand_over(self, number: str, running: _Running, prepared: PreparedRequest, sampling: Sampling) -> bool:
+        """Give a request to vLLM, or report why it cannot be; return whether all of its items went with it."""
+        self._running[number] = running
+        try:
+            with span("hand over"):
+                running.engine_id, sent = self._add(number, prepared, sampling)
+        except Exception as error:  # vLLM refuses requests with several kinds of error
+            del self._running[number]
+            if _is_dead(self.engine):
+                deliver(running.on_report, GarserveError(f"the engine has stopped: {error}"))
+                return True
+            with suppress(Exception):  # it may be known to vLLM in part already
+                self.engine.abort_request([number])
+            deliver(running.on_report, RequestError(f"refused by vLLM: {error}"))
+            return True
+        return sent
+
+    def _add(self, number: str, prepared: PreparedRequest, sampling: Sampling) -> tuple[str, bool]:
         from garserve.vllm_plugin.items import engine_input, share_with_engine
 
         prompt = engine_input(prepared)
         cache = self.engine.renderer.mm_processor_cache
-        if cache is not None:
-            share_with_engine(cache, prompt)
+        new = [item.hash for item in prepared.items] if cache is None else share_with_engine(cache, prompt)
         try:
-            return self.engine.add_request(number, prompt, sampling_params(sampling))
+            engine_id = self.engine.add_request(number, prompt, sampling_params(sampling))
         except Exception:
-            for item in prepared.items if cache is not None else ():  # the engine never saw them
-                cache.invalidate(item.hash)
+            for item_hash in new if cache is not None else ():  # the engine never saw these; the others it has
+                cache.invalidate(item_hash)
             raise
+        return engine_id, len(new) == len(prepared.items)
 
     def call(self, function: Callable[["LLMEngine"], Any]) -> Any:
         """Run a function on the engine in its thread, between two steps, and return what it returns."""
@@ -116,12 +142,15 @@ class EngineDriver:
 
     def close(self) -> None:
         """Stop the thread and the engine; requests that still run are told so."""
+        self._stop()
+        self._thread.join()
+        atexit.unregister(self.close)
+
+    def _stop(self) -> None:
         with self._lock:
             if self._dead is None:
                 self._dead = GarserveError("the engine is closed")
                 self._inbox.put(None)
-        self._thread.join()
-        atexit.unregister(self.close)
 
     def _send(self, command: Callable[[], None], *, even_if_dead: bool = False) -> None:
         with self._lock:
@@ -135,9 +164,16 @@ class EngineDriver:
         try:
             self.engine = _make_engine(arguments, self._separate_process)
         except BaseException as error:  # also SystemExit, which some of vLLM's checks raise
+            self._on_end()
             self._started.put(error)
             return
         self._started.put(None)
+        try:
+            self._work()
+        finally:
+            self._on_end()
+
+    def _work(self) -> None:
         if self._separate_process:
             threading.Thread(target=self._watch, args=(self.engine,), name="garserve-watch", daemon=True).start()
         try:
@@ -190,6 +226,9 @@ class EngineDriver:
             if output.finished:
                 del self._running[output.request_id]
                 if (reason := completion.finish_reason) not in ("stop", "length"):
+                    if reason == "error" and running.again is not None:
+                        self._repeat(running)
+                        continue
                     failed = GarserveError("the engine was told to stop") if reason == "abort" else None
                     failed = failed or RequestError(f"vLLM gave this request up (finish reason: {reason})")
                     deliver(running.on_report, failed)
@@ -200,11 +239,21 @@ class EngineDriver:
                 output.num_cached_tokens or 0,
                 _first_logits(completion.logprobs),
             )
+            running.again = None
             if not deliver(running.on_report, progress) and not output.finished:
                 # Nobody listens any more (an event loop that was closed, say): the others must not suffer for it.
                 del self._running[output.request_id]
                 if running.engine_id is not None:
                     self.engine.abort_request([running.engine_id], internal=True)
+
+    def _repeat(self, running: _Running) -> None:
+        """Hand a request over a second and last time, after the engine had let go of an item that was not sent to it.
+
+        vLLM tells no more than "error", and has noted what is missing, so that it is sent now.
+        """
+        again, running.again = running.again, None
+        if again is not None:
+            again()
 
     def _end(self) -> None:
         error = GarserveError(f"the engine has stopped: {self._dead}")

@@ -34,19 +34,24 @@ def engine_input(prepared: PreparedRequest) -> MultiModalInput:
     )
 
 
-def share_with_engine(cache: BaseMultiModalProcessorCache, result: MultiModalInput) -> None:
-    """Replace items that the engine's process holds already, so that each is sent to it once."""
+def share_with_engine(cache: BaseMultiModalProcessorCache, result: MultiModalInput) -> list[str]:
+    """Replace items that the engine's process holds already, so that each is sent to it once.
+
+    Returns the hashes of the others, which `cache` takes from now on for known there.
+    """
     hashes = result["mm_hashes"][MODALITY]
     items = cast(list[Any], result["mm_kwargs"][MODALITY])
-    known = cache.is_cached(hashes)
     for item_hash in hashes:
         cache.touch_sender_cache_item(item_hash)
+    new = []
     try:
         for index, item_hash in enumerate(hashes):
-            new: tuple[Any, list[Any]] | None = None if known[index] else (items[index], [])
-            items[index], _ = cache.get_and_update_item(new, item_hash)
+            if not cache.is_cached_item(item_hash):
+                new.append(item_hash)
+            items[index], _ = cache.get_and_update_item((items[index], []), item_hash)
     finally:
         cache.release_sender_touches()
+    return new
 
 
 def _to_kwargs(item: Item) -> MultiModalKwargsItem:

@@ -11,7 +11,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, i
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
-from garserve.checkpoint import MODULE_PREFIXES, Checkpoint, resolve
+from garserve.checkpoint import MODULE_PREFIXES, Checkpoint
 from garserve.config import read_config
 from garserve.model.encoder import RegionEncoder
 from garserve.model.fingerprint import VISION_PREFIXES, vision_fingerprint
@@ -24,6 +24,7 @@ from garserve.vllm_plugin.multimodal import (
     GARDummyInputs,
     GARMultiModalProcessor,
     GARProcessingInfo,
+    checkpoint_folder,
     engine_max_num_tiles,
 )
 
@@ -42,7 +43,7 @@ class GARForRegions(nn.Module, SupportsMultiModal, SupportsPP):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         hf_config = vllm_config.model_config.hf_config
-        self.gar_config = read_config(resolve(vllm_config.model_config.model))
+        self.gar_config = read_config(checkpoint_folder(vllm_config.model_config))
         self.configure_mm_token_handling(
             vocab_size=self.gar_config.vocab_size,
             mm_token_ids=[self.gar_config.image_token_id, *self.gar_config.crop_token_ids],
@@ -121,8 +122,9 @@ class GARForRegions(nn.Module, SupportsMultiModal, SupportsPP):
 
 def _exported_vision(vllm_config: VllmConfig) -> OnnxVision | None:
     """Open the exported tower that the engine was told to use; None where it is to compute its own."""
-    hf_config, model = vllm_config.model_config.hf_config, vllm_config.model_config.model
+    model_config = vllm_config.model_config
+    hf_config = model_config.hf_config
     if hf_config.vision_model is None:
         return None
-    path, fingerprint = Path(hf_config.vision_model), vision_fingerprint(Checkpoint.open(model))
-    return OnnxVision(path, provider=hf_config.vision_provider, fingerprint=fingerprint)
+    fingerprint = vision_fingerprint(Checkpoint.open(checkpoint_folder(model_config)))
+    return OnnxVision(Path(hf_config.vision_model), provider=hf_config.vision_provider, fingerprint=fingerprint)

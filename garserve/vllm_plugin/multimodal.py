@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -51,6 +52,11 @@ def engine_max_num_tiles(model_config: ModelConfig) -> int | None:
     return ((mm_config.mm_processor_kwargs if mm_config else None) or {}).get("max_num_tiles")
 
 
+def checkpoint_folder(model_config: ModelConfig) -> Path:
+    """Return the folder of what vLLM was told to run, in the revision that it was told. Raises CheckpointError."""
+    return resolve(model_config.model, model_config.revision)
+
+
 class GARProcessingInfo(BaseProcessingInfo):
     """What vLLM has to know before any request comes."""
 
@@ -58,7 +64,7 @@ class GARProcessingInfo(BaseProcessingInfo):
     def processor(self) -> Processor:
         """The checkpoint's processor, with the engine's own `max_num_tiles` where one is given."""
         model_config = self.ctx.model_config
-        config = read_config(folder := resolve(model_config.model))
+        config = read_config(folder := checkpoint_folder(model_config))
         config = config.with_box_scale(self.ctx.get_hf_config().replay_box_scale)
         return Processor(folder, config, max_num_tiles=engine_max_num_tiles(model_config))
 

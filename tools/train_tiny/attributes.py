@@ -29,6 +29,7 @@ SIZE_LIMITS = (0.01, 0.05, 0.20)  # areas that part the four sizes
 SIZE_MARGIN = 1.15  # an area within this factor of a limit is unclear
 POSITION_MARGIN = 0.02  # a centre this near to a third of the image is unclear
 LARGER_RATIO = 1.4  # areas nearer than this are neither larger nor smaller
+_EQUAL = 1e-9  # shares of votes nearer than this are equal
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def colour(image: Image, mask: Mask) -> str | None:
     The image is parted into at most CELLS x CELLS cells, and the masked pixels of each are averaged. Each cell gives
     as many votes as it has masked pixels: a fifth to the term of its colour (`colour_terms`), and a fifth to that of
     each of four colours beside it (LOOKS), so that a colour between two terms votes for both. Clear where the first
-    term has at least half of the votes and one and a half times the second's.
+    term has at least half of the votes and more than one and a half times the second's: not where every cell of a
+    plain colour votes three to two.
     """
     return _clear_colour(averaged_cells(image, mask))
 
@@ -145,7 +147,8 @@ def _shares(cells: Cells) -> NDArray[np.float64]:
 def _clear_colour(cells: Cells) -> str | None:
     shares = _shares(cells)
     second, first = np.sort(shares)[-2:]
-    return COLOURS[int(shares.argmax())] if first >= 0.5 and first >= 1.5 * second else None
+    clear = first >= 0.5 - _EQUAL and first > 1.5 * second + _EQUAL
+    return COLOURS[int(shares.argmax())] if clear else None
 
 
 # -- texture -----------------------------------------------------------------------------------------------------
@@ -154,7 +157,8 @@ def _clear_colour(cells: Cells) -> str | None:
 def texture(image: Image, mask: Mask) -> str | None:
     """Return "plain" or "textured", by the mean difference of lightness L* between neighbouring cells of the region.
 
-    At most 1.5 is plain, at least 4 textured; with fewer than 12 pairs of whole cells nothing is clear.
+    At most 1.5 is plain, at least 4 textured; with fewer than 12 pairs of cells of which more than nine
+    tenths are the region's, nothing is clear.
     """
     return _clear_texture(averaged_cells(image, mask))
 
@@ -173,7 +177,10 @@ def _clear_texture(cells: Cells) -> str | None:
 
 
 def size(mask: Mask) -> str | None:
-    """Return one of SIZES by the share of the image's area: limits at 1, 5 and 20 %, unclear within 15 % of one."""
+    """Return one of SIZES by the share of the image's area: limits at 1, 5 and 20 %.
+
+    Unclear within a factor of 1.15 of a limit.
+    """
     area = float(mask.mean())
     if any(limit / SIZE_MARGIN < area < limit * SIZE_MARGIN for limit in SIZE_LIMITS):
         return None

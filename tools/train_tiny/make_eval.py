@@ -1,6 +1,7 @@
 """Write held-out questions: `python tools/train_tiny/make_eval.py -o FOLDER`.
 
-Or about photographs of your own with masks, `--masks FILE.jsonl`: lines {"image": path, "regions": [{"rle": …}, …]}.
+Or about photographs of your own with masks, `--masks FILE.jsonl`: lines {"image": path, "regions": [{"rle": …}, …]},
+read as `garserve batch` reads them.
 Labels are computed on the pixels as they were saved.
 """
 
@@ -21,7 +22,8 @@ from PIL import Image
 from pycocotools import mask as rle_tools
 from questions import Known, Question, about_many, about_none, about_one, about_two, describe, prompt
 
-from garserve.inputs.regions import Region
+from garserve.bench.real import photographs
+from garserve.errors import InputError
 
 _SEEDS = {"scenes": 3, "photographs": 4, "own": 5}  # first numbers of the seeds; those of training are smaller
 _ROUNDS = 40  # questions of each kind that are drawn for a picture, before most are left out
@@ -92,8 +94,11 @@ def main(
     (output / "images").mkdir(parents=True)
     if masks is not None:
         folder = Folder(output, "own", 10**9, 10**9, seed)
-        for picture in _own_pictures(masks):
-            folder.add(picture)
+        try:
+            for picture in _own_pictures(masks):
+                folder.add(picture)
+        except InputError as error:
+            raise SystemExit(str(error)) from None
         return
     for split in ("scenes", "photographs"):
         folder = Folder(output, split, per_kind, 2, seed)
@@ -130,12 +135,9 @@ def _all_questions(known: Known, rng: Generator) -> Iterator[tuple[Question, lis
 
 def _own_pictures(path: Path) -> Iterator[Picture]:
     """Read photographs with masks; more regions than a request takes become several pictures."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        image = np.asarray(Image.open(path.parent / row["image"]).convert("RGB"))
-        masks = [Region.parse(region).mask(*image.shape[:2]) for region in row["regions"]]
-        for start in range(0, len(masks), _MOST_REGIONS):
-            yield Picture(image, masks[start : start + _MOST_REGIONS])
+    for one in photographs(path):
+        for start in range(0, len(one.masks), _MOST_REGIONS):
+            yield Picture(one.image, one.masks[start : start + _MOST_REGIONS])
 
 
 def _rle(mask: NDArray[np.bool_]) -> dict[str, Any]:

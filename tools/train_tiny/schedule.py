@@ -26,6 +26,11 @@ class Schedule:
         """For a checkpoint that is trained already; a tenth of the steps, at most 60, is for heads that it lacks."""
         return cls(steps, min(steps // 10, 60), 0, 0)
 
+    @property
+    def phases(self) -> dict[str, int]:
+        """The first phases' steps by their names; `steps` alone may grow while it is trained."""
+        return {"heads": self.heads, "tower": self.tower, "decoder": self.decoder}
+
     def phase(self, step: int) -> Phase:
         """Return what learns at a step."""
         if step < self.heads:

@@ -21,18 +21,17 @@ from network import HEADS, TrainedGAR
 from pictures import HELD_OUT_PHOTOS, photograph, scene
 from questions import vocabulary
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
+from saved import resume, save
 from schedule import Schedule
 from sequences import Example, ExampleMaker
 from torch.utils.data import DataLoader, Dataset
 
-from garserve.checkpoint import HEAD, Checkpoint, expected_tensors, module_name
+from garserve.checkpoint import Checkpoint
 from garserve.config import read_config
 from garserve.model.random_checkpoint import write_files
 from garserve.presets import preset
 
 TRAINING, HELD_OUT = 1, 2
-STATE = "state.saved"  # of another suffix than weights: the folder is a checkpoint
 
 
 class Examples(Dataset[Example]):
@@ -76,7 +75,8 @@ def main(
         _begin_with(model, start, output)
     maker = ExampleMaker(output, parsed)
     optimizers = _optimizers(model, rate)
-    done = _resume(output, model, optimizers)
+    settings = {"rate": rate, "batch_size": batch_size, **schedule.phases}
+    done = resume(output, model, optimizers, settings)
     if done >= steps:
         print(f"{output}: trained for {done} steps already; --steps above that would go on")
         return
@@ -114,7 +114,7 @@ def main(
             row = {"step": step} | losses | {"rate": factor, "seconds": round(time.monotonic() - began, 1)}
             if (step + 1) % look_every == 0 or step + 1 == steps:
                 row["held_out"] = {name: look(model, examples) for name, examples in held_out.items()}
-                _save(output, model, optimizers, step + 1)
+                save(output, model, optimizers, step + 1, settings)
             log.write(json.dumps(row) + "\n")
             log.flush()
             progress.update(
@@ -142,7 +142,7 @@ def train_step(
     decoder: bool,
     frozen: bool,
 ) -> dict[str, float]:
-    """Take one step over the parts of a batch and return the means of what was before it."""
+    """Take one step over the parts of a batch, each of which weighs the same; return the means of what was before."""
     model.train()
 
     def learn(part: Batch) -> list[float]:
@@ -206,50 +206,6 @@ def _optimizers(model: TrainedGAR, rate: float) -> list[torch.optim.Optimizer]:
         Muon(matrices[1::2], lr=rate),
         torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.01),
     ]
-
-
-def _save(output: Path, model: TrainedGAR, optimizers: list[torch.optim.Optimizer], done: int) -> None:
-    """Write the checkpoint, and beside it what training needs to go on."""
-    weights = dict(model.state_dict())
-    tensors = {name: weights[module_name(name)].contiguous() for name in expected_tensors(model.config)}
-    if model.config.tied_head:
-        tensors.pop(HEAD, None)
-    _write_whole(tensors, output / "model.safetensors", {"format": "pt"})
-    state = {f"model.{name}": tensor.contiguous().clone() for name, tensor in weights.items()}
-    for number, optimizer in enumerate(optimizers):
-        for index, values in optimizer.state_dict()["state"].items():
-            state |= {
-                f"optimizer.{number}.{index}.{key}": torch.as_tensor(value).clone() for key, value in values.items()
-            }
-    _write_whole(state, output / STATE, {"done": str(done)})
-
-
-def _write_whole(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a file that is there whole or not at all."""
-    partial = path.with_name(path.name + ".part")
-    save_file(tensors, partial, metadata=metadata)
-    partial.replace(path)
-
-
-def _resume(output: Path, model: TrainedGAR, optimizers: list[torch.optim.Optimizer]) -> int:
-    """Load what `_save` left, and return how many steps were done."""
-    path = output / STATE
-    if not path.is_file():
-        return 0
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        done = int(file.metadata()["done"])
-    state = load_file(path)
-    model.load_state_dict({name[6:]: tensor for name, tensor in state.items() if name.startswith("model.")})
-    for number, optimizer in enumerate(optimizers):
-        whole = optimizer.state_dict()
-        for name, tensor in state.items():
-            if name.startswith(f"optimizer.{number}."):
-                _, _, index, key = name.split(".", 3)
-                whole["state"].setdefault(int(index), {})[key] = tensor
-        optimizer.load_state_dict(whole)
-    return done
 
 
 def plot(output: Path) -> None:

@@ -10,10 +10,18 @@ class ApiError extends Error {
 
 export const at = (path) => new URL(path, document.baseURI).href;
 
+const KEY = "garserve-key";
+let unkept = ""; // the key where the browser blocks storage: it lasts until the page is left
+
 /** The API key is kept for this tab only. */
 export const key = {
-  get: () => sessionStorage.getItem("garserve-key") ?? "",
-  set: (value) => (value ? sessionStorage.setItem("garserve-key", value) : sessionStorage.removeItem("garserve-key")),
+  get() {
+    try { return sessionStorage.getItem(KEY) ?? unkept; } catch { return unkept; }
+  },
+  set(value) {
+    unkept = "";
+    try { value ? sessionStorage.setItem(KEY, value) : sessionStorage.removeItem(KEY); } catch { unkept = value; }
+  },
 };
 
 /** The server's model: {id, prompts}. */

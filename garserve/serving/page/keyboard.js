@@ -1,4 +1,5 @@
 // Everything without a mouse: shortcuts, and a pen that arrow keys lead over the picture.
+import { nameOf } from "./names.js";
 import { clamp } from "./regions.js";
 
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
@@ -41,8 +42,8 @@ export class Keyboard {
     else if (letter === "r" && selected >= 0) this.editing.refine(selected);
     else if (letter === "d") this.ask.describe();
     else if (letter === "q") this.ask.focus();
-    else if (event.key === "+" || event.key === "=") this.stage.enlarge(1.5);
-    else if (event.key === "-") this.stage.enlarge(1 / 1.5);
+    else if (event.key === "+" || event.key === "=") this.enlarge(1.5);
+    else if (event.key === "-") this.enlarge(1 / 1.5);
     else if (event.key === "Escape") this.escape();
     else return false;
     return true;
@@ -51,6 +52,13 @@ export class Keyboard {
   take(tool) {
     this.store.set({ tool });
     this.tell(`${tool} tool`);
+  }
+
+  // About the pen, where there is one: what it is led over stays in sight.
+  enlarge(by) {
+    const { pen } = this.stage.scene;
+    this.stage.enlarge(by, pen ?? undefined);
+    if (pen) this.stage.reveal(pen);
   }
 
   escape() {
@@ -75,7 +83,7 @@ export class Keyboard {
       const [dx, dy] = ARROWS[event.key].map((way) => way * step);
       if (selected >= 0 && !this.pointer.active) this.editing.nudge(dx, dy);
       else this.lead(dx, dy);
-    } else if ((event.key === " " || event.key === "Enter") && tool !== "move") this.press();
+    } else if ((event.key === " " || event.key === "Enter") && tool !== "move") this.press(event.shiftKey);
     else return false;
     return true;
   }
@@ -84,23 +92,43 @@ export class Keyboard {
     const { picture } = this.state, [x, y] = this.stage.scene.pen ?? [picture.width / 2, picture.height / 2];
     const pen = [clamp(Math.round(x) + dx, 0, picture.width), clamp(Math.round(y) + dy, 0, picture.height)];
     this.stage.show({ pen });
+    this.stage.reveal(pen);
     this.pointer.go(pen);
     this.tell(`Pen at ${pen[0]}, ${pen[1]}${this.pointer.active ? ", drawing" : ""}`);
   }
 
-  press() {
+  press(joining) {
+    if (this.pointer.active) this.finish();
+    else if ((joining || this.state.joining) && this.pointer.joinable) this.join();
+    else this.begin();
+  }
+
+  begin() {
     const { picture } = this.state;
     const pen = this.stage.scene.pen ?? [Math.round(picture.width / 2), Math.round(picture.height / 2)];
-    if (this.pointer.active) {
-      this.pointer.end();
-      this.stage.show({ pen: null });
-      return;
-    }
     this.store.set({ selected: -1 });
     this.stage.show({ pen });
+    this.stage.reveal(pen);
     this.pointer.start(pen, 0);
-    if (this.state.tool === "point") this.press();
+    if (this.state.tool === "point") this.finish();
     else this.tell("Pen down: arrow keys draw, space ends the shape.");
+  }
+
+  // One more point of the selected region: its pen stays down to be led there, as arrow keys would move the region.
+  join() {
+    const { points } = this.pointer.joinable.shape, pen = this.stage.scene.pen ?? points.at(-1);
+    this.stage.show({ pen });
+    this.stage.reveal(pen);
+    this.pointer.start(pen, 0, true);
+    this.tell(`One more point of ${nameOf(this.state.selected)}: arrow keys lead it, space sets it.`);
+  }
+
+  finish() {
+    const { joining, position } = this.pointer.active;
+    this.pointer.end();
+    this.stage.show({ pen: null });
+    const count = this.state.regions[position]?.shape.points?.length;
+    if (joining && count) this.tell(`${nameOf(position)} has ${count} points.`);
   }
 
   lift() {

@@ -16,7 +16,7 @@ import { Store } from "./store.js";
 import { Talk } from "./talk.js";
 
 const store = new Store({
-  picture: null, regions: [], selected: -1, tool: "box", brush: null, auto: false, refining: null, steps: null,
+  picture: null, regions: [], selected: -1, tool: "box", joining: false, brush: null, auto: false, refining: null, steps: null,
   entries: [], busy: false, model: "", prompts: null, longest: null,
 });
 const stage = new Stage($("canvas"));

@@ -18,7 +18,8 @@ export class Panel {
     $("closer").addEventListener("click", () => stage.enlarge(1.5));
     $("farther").addEventListener("click", () => stage.enlarge(1 / 1.5));
     $("describe").addEventListener("click", () => this.describe());
-    store.on(["regions", "selected", "refining", "picture"], (state) => this.list(state));
+    store.on(["selected", "tool"], (_, changed) => { if (!changed.has("joining")) store.set({ joining: false }); });
+    store.on(["regions", "selected", "refining", "picture", "joining"], (state) => this.list(state));
     store.on(["tool", "auto", "picture", "brush"], (state) => this.tools(state));
     store.on(["regions", "picture", "busy", "steps"], (state) => this.buttons(state));
   }
@@ -28,16 +29,16 @@ export class Panel {
     if (picture && regions.length && !busy) this.talk.describe();
   }
 
-  list({ regions, selected, refining, picture }) {
+  list({ regions, selected, refining, picture, joining }) {
     const at = [...$("regions").querySelectorAll("button")].indexOf(document.activeElement);
-    $("regions").replaceChildren(...regions.map((region, i) => this.item(region, i, selected, refining)));
+    $("regions").replaceChildren(...regions.map((region, i) => this.item(region, i, { selected, refining, joining })));
     const buttons = $("regions").querySelectorAll("button"); // whoever stood on one of them stands on its successor
     if (at >= 0) (buttons[Math.min(at, buttons.length - 1)] ?? $("canvas")).focus();
     $("no-regions").hidden = regions.length > 0 || !picture;
     $("count").textContent = regions.length ? `${regions.length} of ${this.editing.most}` : "";
   }
 
-  item(region, position, selected, refining) {
+  item(region, position, { selected, refining, joining }) {
     const [x1, y1, x2, y2] = bounds(region).map(Math.round);
     const choose = make("button", {
       type: "button", className: "choose", aria: { pressed: position === selected },
@@ -48,12 +49,24 @@ export class Panel {
     const refine = iconButton(busy ? "wait" : "refine", `Refine ${name} to the object's outline`, () => this.editing.refine(position));
     refine.disabled = Boolean(refining) || Boolean(region.rle);
     const gone = iconButton("delete", `Delete ${name}`, () => this.editing.remove(position));
-    const item = make("li", { data: { region: position } }, choose, refine, gone);
+    const more = region.shape.points ? [this.more(position, joining && position === selected)] : [];
+    const item = make("li", { data: { region: position } }, choose, refine, ...more, gone);
     item.classList.toggle("chosen", position === selected);
     item.classList.toggle("busy", busy);
     item.onpointerenter = () => this.light(position);
     item.onpointerleave = () => this.light(-1);
     return item;
+  }
+
+  // Shift for those who have none: while it is pressed, the point tool gives the region further points.
+  more(position, pressed) {
+    const text = `More points of ${nameOf(position)}`;
+    const button = iconButton("plus", text, () => {
+      this.store.set({ tool: "point", selected: position, joining: !pressed });
+      if (!pressed) this.editing.tell(`${text}: point at them on the picture.`);
+    });
+    button.setAttribute("aria-pressed", pressed);
+    return button;
   }
 
   tools({ tool, auto, picture, brush }) {

@@ -1,6 +1,6 @@
 // Mouse, pen and finger on the drawing area; the keyboard's pen goes the same way (keyboard.js).
 import { begin, drawn, extend, finished } from "./gestures.js";
-import { clamp, contains, corners, moved, regionAt, resized } from "./regions.js";
+import { contains, corners, joined, moved, regionAt, resized } from "./regions.js";
 
 const LEAST = 5; // pixels of the screen that a drawn shape spans at least: less is a click
 const REACH = { mouse: 9, pen: 12, touch: 22 }; // how near a handle counts as on it
@@ -23,7 +23,7 @@ export class Pointer {
     if (!this.state.picture || event.button > 0) return;
     if (!event.isPrimary) return this.cancel(); // a second finger enlarges the page; it draws nothing
     this.stage.canvas.setPointerCapture(event.pointerId);
-    this.start(this.stage.toPicture(event), REACH[event.pointerType] ?? 9, event.shiftKey);
+    this.start(this.stage.toPicture(event), REACH[event.pointerType] ?? 9, event.shiftKey || this.state.joining);
   }
 
   move(event) {
@@ -63,6 +63,13 @@ export class Pointer {
     return on >= 0 ? { position: on } : null;
   }
 
+  /** The selected region, where the point tool can give it one more point. */
+  get joinable() {
+    const { regions, selected, tool } = this.state, region = regions[selected];
+    return tool === "point" && region?.shape.points ? region : null;
+  }
+
+  /** Begin at a point; `joining` is one more point of the selected region, set where `end` finds it. */
   start(point, reach, joining = false) {
     const { regions, tool, brush, picture, selected } = this.state;
     const grip = this.gripAt(point, reach);
@@ -70,8 +77,10 @@ export class Pointer {
       this.store.set({ selected: grip.position });
       this.active = { ...grip, from: point, region: regions[grip.position], result: null };
     } else if (tool === "move") this.store.set({ selected: -1 });
-    else if (tool === "point" && joining && regions[selected]?.shape.points) this.join(point);
-    else this.active = { gesture: begin(tool, point, brush, picture), from: point };
+    else if (joining && this.joinable) {
+      const region = this.joinable;
+      this.active = { position: selected, region, joining, result: joined(region, point, picture) };
+    } else this.active = { gesture: begin(tool, point, brush, picture), from: point };
     this.preview();
   }
 
@@ -80,6 +89,7 @@ export class Pointer {
     if (!active) return;
     if (active.gesture) extend(active.gesture, point);
     else if (active.corner !== undefined) active.result = resized(active.region, active.corner, point, picture);
+    else if (active.joining) active.result = joined(active.region, point, picture);
     else active.result = moved(active.region, point[0] - active.from[0], point[1] - active.from[1], picture);
     this.preview();
   }
@@ -89,7 +99,8 @@ export class Pointer {
     this.cancel();
     if (!active) return;
     if (!active.gesture) {
-      if (active.result) this.editing.replace(active.position, active.result);
+      const there = this.state.regions[active.position] === active.region; // keys may have changed it meanwhile
+      if (active.result && there) this.editing.replace(active.position, active.result);
       return;
     }
     const { scale } = this.stage.view();
@@ -101,13 +112,6 @@ export class Pointer {
   cancel() {
     this.active = null;
     this.stage.show({ draft: null, regions: this.state.regions });
-  }
-
-  // Shift and a click with the point tool: one more point of the selected region.
-  join([x, y]) {
-    const { regions, selected, picture } = this.state, { shape } = regions[selected];
-    const point = [clamp(Math.round(x), 0, picture.width), clamp(Math.round(y), 0, picture.height)];
-    this.editing.replace(selected, { shape: { ...shape, points: [...shape.points, point] } });
   }
 
   preview() {

@@ -91,6 +91,12 @@ export function moved({ shape }, dx, dy, { width, height }) {
   return { shape: Object.fromEntries(Object.entries(shape).map(([key, value]) => [key, Array.isArray(value) ? there : value])) };
 }
 
+/** Points with one more; what was refined is its drawn shape again. */
+export function joined({ shape }, [x, y], { width, height }) {
+  const point = [clamp(Math.round(x), 0, width), clamp(Math.round(y), 0, height)];
+  return { shape: { ...shape, points: [...shape.points, point] } };
+}
+
 /** A box with one corner (0 top left, 1 top right, 2 bottom right, 3 bottom left) brought to a point. */
 export function resized({ shape }, corner, [x, y], picture) {
   const [x1, y1, x2, y2] = shape.box;

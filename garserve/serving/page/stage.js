@@ -56,12 +56,21 @@ export class Stage {
     this.redraw();
   }
 
-  /** Move an enlarged picture by pixels of the screen. */
+  /** Move an enlarged picture by pixels of the screen, from where it lies. */
   pan(dx, dy) {
-    const { width, height } = this.scene.picture, { scale } = this.view();
-    this.zoom.x = clamp(this.zoom.x + dx / (width * scale), 0, 1);
-    this.zoom.y = clamp(this.zoom.y + dy / (height * scale), 0, 1);
+    const { clientWidth: wide, clientHeight: high } = this.canvas, { width, height } = this.scene.picture;
+    const { x, y, scale } = this.view();
+    this.zoom.x = clamp((wide / 2 - x + dx) / (width * scale), 0, 1);
+    this.zoom.y = clamp((high / 2 - y + dy) / (height * scale), 0, 1);
     this.redraw();
+  }
+
+  /** Bring a point of the picture into sight, with the least way. */
+  reveal([px, py]) {
+    const { clientWidth: wide, clientHeight: high } = this.canvas, { x, y, scale } = this.view();
+    const hidden = (at, room) => at - clamp(at, MARGIN, room - MARGIN);
+    const [dx, dy] = [hidden(x + px * scale, wide), hidden(y + py * scale, high)];
+    if (dx || dy) this.pan(dx, dy);
   }
 
   draw() {
