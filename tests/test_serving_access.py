@@ -48,6 +48,21 @@ def asked(app: Any, method: str, path: str, **options: Any) -> httpx.Response:
     return asyncio.run(ask())
 
 
+def test_what_kubernetes_sets_for_a_service_of_that_name_is_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    from garserve.serving.settings import Settings
+
+    address, port = "10.0.0.11", "GARSERVE_SERVE_PORT_8000_TCP"
+    web = {"GARSERVE_SERVE_WEB_SERVICE_HOST": address, "GARSERVE_SERVE_WEB_PORT": "udp://10.0.0.12:53"}
+    named = {"GARSERVE_SERVE_SERVICE_HOST": address, "GARSERVE_SERVE_SERVICE_PORT_HTTP": "8000"}
+    addresses = {"GARSERVE_SERVE_PORT": f"tcp://{address}:8000", port: f"tcp://{address}:8000", f"{port}_ADDR": address}
+    for name, value in (web | named | addresses).items():
+        monkeypatch.setenv(name, value)
+    assert Settings.from_environment() == Settings()
+    monkeypatch.setenv("GARSERVE_SERVE_PORT", "8000")
+    with pytest.raises(RequestError, match=r"^GARSERVE_SERVE_PORT: no variable of the server"):
+        Settings.from_environment()
+
+
 @pytest.mark.parametrize(
     ("name", "meant"),
     [

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,6 +13,9 @@ from garserve.errors import RequestError
 KEY_VARIABLES = ("GARSERVE_API_KEY", "VLLM_API_KEY")
 _PREFIX = "GARSERVE_SERVE_"
 _MIB = 1024 * 1024
+# What Kubernetes sets in every pod for a service that is called garserve-serve, and means no harm by.
+_OF_A_CLUSTER = re.compile(r".*SERVICE_(HOST|PORT(_\w+)?)|.*PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?")
+_ADDRESS = re.compile(r"(tcp|udp|sctp)://")
 
 
 @dataclass(frozen=True)
@@ -77,12 +81,16 @@ def folder_of_images(text: str, given_as: str) -> Path:
 
 def _refuse_unknown(known: Collection[str]) -> None:
     """Raise a RequestError for a variable of the server that it does not know: a misspelt key would leave it open."""
-    for name in sorted(os.environ):
-        if name.startswith(_PREFIX) and name not in known:
+    for name, value in sorted(os.environ.items()):
+        if name.startswith(_PREFIX) and name not in known and not _is_of_a_cluster(name, value):
             fields_known = [variable.removeprefix(_PREFIX) for variable in known]
             near = difflib.get_close_matches(name.removeprefix(_PREFIX).upper(), fields_known, n=1)
             meant = f"did you mean {_PREFIX}{near[0]}?" if near else "the fields of garserve's Settings are all"
             raise RequestError(f"{name}: no variable of the server; {meant}")
+
+
+def _is_of_a_cluster(name: str, value: str) -> bool:
+    return bool(_OF_A_CLUSTER.fullmatch(name.removeprefix(_PREFIX)) or _ADDRESS.match(value))
 
 
 def _read(name: str, text: str, default: Any) -> Any:
