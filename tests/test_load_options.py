@@ -65,6 +65,8 @@ def test_a_revision_that_is_none_is_no_revision() -> None:
     check_options({"verbose": True, "separate_process": "gpu"})
     pytest.importorskip("vllm", reason="vLLM is not installed (pip install garserve[cpu] or garserve[gpu])")
     check_options({"revision": None, "max_model_len": 4096})
+    with pytest.raises(RequestError, match="'revision': expected none, got 'v2'"):
+        check_options({"revision": "v2", "max_model_len": 4096})
 
 
 @pytest.mark.parametrize(("revision", "expected"), [(None, None), ("v2", "v2")])

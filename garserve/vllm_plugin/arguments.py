@@ -6,7 +6,7 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -50,7 +50,6 @@ def engine_arguments(
 
     Raises RequestError for an option that this vLLM does not have, and for overrides against garserve's own options.
     """
-    from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
 
     exported = {} if vision is None else {"vision_model": str(vision[0]), "vision_provider": vision[1]}
@@ -72,12 +71,17 @@ def engine_arguments(
     else:
         # Room for three of GAR-1B's images of 4,352 tokens; in vLLM's least, 2,048, one takes three steps.
         chosen["max_num_batched_tokens"] = 16384
-    known = {field.name for field in dataclasses.fields(EngineArgs)}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise RequestError(f"engine option {unknown[0]!r} is none of vLLM's (see vllm.EngineArgs)")
+    refuse_unknown(options)
     overrides = merged_overrides(chosen["hf_overrides"], options.get("hf_overrides"))
     return chosen | options | {"hf_overrides": overrides}
+
+
+def refuse_unknown(names: Iterable[str]) -> None:
+    """Raise RequestError for a name that is no field of vLLM's EngineArgs."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    if unknown := sorted(set(names) - {field.name for field in dataclasses.fields(EngineArgs)}):
+        raise RequestError(f"engine option {unknown[0]!r} is none of vLLM's (see vllm.EngineArgs)")
 
 
 def merged_overrides(chosen: dict[str, Any], given: Any) -> Any:

@@ -1,12 +1,11 @@
 """Which options an engine on vLLM takes, told before a checkpoint is fetched or its tower exported."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from garserve.errors import GarserveError, RequestError, first_line
 from garserve.model.tile_cache import DEFAULT_GB, TileCache
-from garserve.vllm_plugin.arguments import quiet
+from garserve.vllm_plugin.arguments import quiet, refuse_unknown
 
 _OWN = {"separate_process", "tile_cache_gb", "verbose"}  # garserve's, beside vLLM's EngineArgs
 _REVISIONS = ("revision", "code_revision", "tokenizer_revision")
@@ -24,11 +23,11 @@ def check_options(options: Mapping[str, Any]) -> None:
         return
     quiet(verbose=bool(options.get("verbose")))
     try:
-        from vllm.engine.arg_utils import EngineArgs
-    except Exception as error:  # not installed, or built for another machine
+        refuse_unknown(named)
+    except RequestError:
+        raise
+    except Exception as error:  # vLLM is not installed, or built for another machine
         raise GarserveError(f"vLLM did not start ({type(error).__name__}: {first_line(error)})") from error
-    if unknown := sorted(named - {field.name for field in dataclasses.fields(EngineArgs)}):
-        raise RequestError(f"engine option {unknown[0]!r} is none of vLLM's (see vllm.EngineArgs)")
 
 
 def _check_source(options: Mapping[str, Any]) -> None:
