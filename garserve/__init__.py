@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from garserve.chat import Chat as Chat
     from garserve.client import AsyncClient as AsyncClient
     from garserve.client import Client as Client
-    from garserve.client_wire import ServerError as ServerError
+    from garserve.client_answers import ServerError as ServerError
     from garserve.engine import Engine as Engine
     from garserve.engine import load as load
     from garserve.errors import CheckpointError as CheckpointError
@@ -39,7 +39,7 @@ _HOMES = {
     "Chunk": "answers",
     "Client": "client",
     "AsyncClient": "client",
-    "ServerError": "client_wire",
+    "ServerError": "client_answers",
     "Engine": "engine",
     "load": "engine",
     "CheckpointError": "errors",

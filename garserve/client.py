@@ -3,10 +3,9 @@
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from garserve.client_wire import (
+from garserve.client_answers import (
     Events,
     RegionText,
-    Requests,
     answer_text,
     answered,
     checked,
@@ -16,6 +15,7 @@ from garserve.client_wire import (
     region_texts,
     unstreamed,
 )
+from garserve.client_wire import Requests
 
 if TYPE_CHECKING:
     import httpx

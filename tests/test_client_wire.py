@@ -15,7 +15,8 @@ from PIL import Image
 from pycocotools import mask as coco
 
 import garserve
-from garserve.client_wire import Events, image_url, region_json
+from garserve.client_answers import Events
+from garserve.client_wire import image_url, region_json
 from garserve.errors import ImageError, RegionError, RequestError
 from garserve.inputs.images import load_image
 from garserve.inputs.regions import Region

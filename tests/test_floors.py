@@ -29,6 +29,7 @@ FLOORS = {
     "garserve.chat": 4,
     "garserve.engine": 5,
     "garserve.client": 5,
+    "garserve.client_answers": 4,
     "garserve.client_wire": 4,
     "garserve.batch": 6,
     "garserve.serving": 6,

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 import garserve
-from garserve.client_wire import RegionText, region_json
+from garserve.client_answers import RegionText
+from garserve.client_wire import region_json
 from garserve.engine import Engine
 from tests.conftest import PHOTO, ROOT
 from tests.served import QUESTION, REGIONS, Served, chat_body, data_url

@@ -88,16 +88,15 @@ def test_a_worker_has_a_process_of_its_own_where_that_was_asked_for(monkeypatch:
 @pytest.mark.parametrize(("reason", "kind"), [("abort", GarserveError), ("error", RequestError)])
 def test_what_vllm_ends_by_itself_is_no_answer(reason: str, kind: type[GarserveError]) -> None:
     """As where Ctrl-C reaches the engine's process first."""
-    from garserve.vllm_plugin.driver import EngineDriver, _Running
+    from garserve.vllm_plugin.requests import Requests, _Running
 
     completion = SimpleNamespace(token_ids=[5, 6], finish_reason=reason, logprobs=None)
     output = SimpleNamespace(request_id="0", finished=True, outputs=[completion], num_cached_tokens=0)
-    driver, reports = EngineDriver.__new__(EngineDriver), []
-    driver.engine = SimpleNamespace(step=lambda: [output])  # type: ignore[assignment]
-    driver._running = {"0": _Running(reports.append)}
-    driver._step()
+    requests, reports = Requests(SimpleNamespace()), []  # type: ignore[arg-type]
+    requests._running = {"0": _Running(reports.append)}
+    requests.report([output])
     assert [type(report) for report in reports] == [kind]
-    assert driver._running == {}
+    assert requests._running == {}
 
 
 def test_equal_with_the_decoder_on_two_ranks(mini: Path, reference: Engine, picture: np.ndarray) -> None:

@@ -12,31 +12,23 @@ import time
 from collections.abc import Callable
 from concurrent.futures import InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
 from traceback import format_exception
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from garserve.errors import GarserveError, RequestError
-from garserve.generation import OnReport, Progress, Sampling, deliver
+from garserve.errors import GarserveError
+from garserve.generation import OnReport, Sampling
 from garserve.inputs.processor import PreparedRequest
 from garserve.tracing import span
-from garserve.vllm_plugin.arguments import engine_environment, ranks, sampling_params, worker_arguments
+from garserve.vllm_plugin.arguments import engine_environment, ranks, worker_arguments
+from garserve.vllm_plugin.requests import Requests, is_dead
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
 
 _WATCH_SECONDS = 0.5
-
-
-@dataclass
-class _Running:
-    on_report: OnReport
-    engine_id: str | None = None
-    again: Callable[[], object] | None = None  # hands it over once more, where not all of its items were sent
 
 
 class EngineDriver:
@@ -57,12 +49,12 @@ class EngineDriver:
         self._separate_process = separate_process
         self._on_end = on_end
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._running: dict[str, _Running] = {}
         self._numbers = itertools.count()
         self._started: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         self._dead: BaseException | None = None
         self._lock = threading.Lock()
         self.engine: LLMEngine
+        self._requests: Requests
         self._thread = threading.Thread(target=self._run, args=(arguments,), name="garserve-engine", daemon=True)
         threads = torch.get_num_threads()
         try:
@@ -79,50 +71,8 @@ class EngineDriver:
     def submit(self, prepared: PreparedRequest, sampling: Sampling, on_report: OnReport) -> Callable[[], None]:
         """Queue a request; `on_report` is called from the engine's thread. Returns a function that cancels it."""
         number = str(next(self._numbers))
-
-        def add() -> None:
-            running = _Running(on_report)
-            if not self._hand_over(number, running, prepared, sampling):
-                running.again = partial(self._hand_over, number, running, prepared, sampling)
-
-        def cancel() -> None:
-            running = self._running.pop(number, None)
-            if running is not None and running.engine_id is not None:
-                self.engine.abort_request([running.engine_id], internal=True)
-
-        self._send(add)
-        return lambda: self._send(cancel, even_if_dead=True)
-
-    def _hand_over(self, number: str, running: _Running, prepared: PreparedRequest, sampling: Sampling) -> bool:
-        """Give a request to vLLM, or report why it cannot be; return whether all of its items went with it."""
-        self._running[number] = running
-        try:
-            with span("hand over"):
-                running.engine_id, sent = self._add(number, prepared, sampling)
-        except Exception as error:  # vLLM refuses requests with several kinds of error
-            del self._running[number]
-            if _is_dead(self.engine):
-                deliver(running.on_report, GarserveError(f"the engine has stopped: {error}"))
-                return True
-            with suppress(Exception):  # it may be known to vLLM in part already
-                self.engine.abort_request([number])
-            deliver(running.on_report, RequestError(f"refused by vLLM: {error}"))
-            return True
-        return sent
-
-    def _add(self, number: str, prepared: PreparedRequest, sampling: Sampling) -> tuple[str, bool]:
-        from garserve.vllm_plugin.items import engine_input, share_with_engine
-
-        prompt = engine_input(prepared)
-        cache = self.engine.renderer.mm_processor_cache
-        new = [item.hash for item in prepared.items] if cache is None else share_with_engine(cache, prompt)
-        try:
-            engine_id = self.engine.add_request(number, prompt, sampling_params(sampling))
-        except Exception:
-            for item_hash in new if cache is not None else ():  # the engine never saw these; the others it has
-                cache.invalidate(item_hash)
-            raise
-        return engine_id, len(new) == len(prepared.items)
+        self._send(lambda: self._requests.add(number, prepared, sampling, on_report))
+        return lambda: self._send(lambda: self._requests.cancel(number), even_if_dead=True)
 
     def call(self, function: Callable[["LLMEngine"], Any]) -> Any:
         """Run a function on the engine in its thread, between two steps, and return what it returns."""
@@ -163,6 +113,7 @@ class EngineDriver:
     def _run(self, arguments: dict[str, Any]) -> None:
         try:
             self.engine = _make_engine(arguments, self._separate_process)
+            self._requests = Requests(self.engine)
         except BaseException as error:  # also SystemExit, which some of vLLM's checks raise
             self._on_end()
             self._started.put(error)
@@ -189,7 +140,7 @@ class EngineDriver:
 
     def _watch(self, engine: "LLMEngine") -> None:
         """End the thread when the engine's process has died, for which vLLM's blocking client would wait forever."""
-        while self._dead is None and not _is_dead(engine):
+        while self._dead is None and not is_dead(engine):
             time.sleep(_WATCH_SECONDS)
         with self._lock:
             if self._dead is not None:
@@ -218,42 +169,7 @@ class EngineDriver:
     def _step(self) -> None:
         with span("engine step"):
             outputs = self.engine.step()
-        for output in outputs:
-            running = self._running.get(output.request_id)
-            if running is None:
-                continue
-            completion = output.outputs[0]
-            if output.finished:
-                del self._running[output.request_id]
-                if (reason := completion.finish_reason) not in ("stop", "length"):
-                    if reason == "error" and running.again is not None:
-                        self._repeat(running)
-                        continue
-                    failed = GarserveError("the engine was told to stop") if reason == "abort" else None
-                    failed = failed or RequestError(f"vLLM gave this request up (finish reason: {reason})")
-                    deliver(running.on_report, failed)
-                    continue
-            progress = Progress(
-                list(completion.token_ids),
-                completion.finish_reason if output.finished else None,
-                output.num_cached_tokens or 0,
-                _first_logits(completion.logprobs),
-            )
-            running.again = None
-            if not deliver(running.on_report, progress) and not output.finished:
-                # Nobody listens any more (an event loop that was closed, say): the others must not suffer for it.
-                del self._running[output.request_id]
-                if running.engine_id is not None:
-                    self.engine.abort_request([running.engine_id], internal=True)
-
-    def _repeat(self, running: _Running) -> None:
-        """Hand a request over a second and last time, after the engine had let go of an item that was not sent to it.
-
-        vLLM tells no more than "error", and has noted what is missing, so that it is sent now.
-        """
-        again, running.again = running.again, None
-        if again is not None:
-            again()
+        self._requests.report(outputs)
 
     def _end(self) -> None:
         error = GarserveError(f"the engine has stopped: {self._dead}")
@@ -261,11 +177,9 @@ class EngineDriver:
             if (command := self._inbox.get()) is not None:
                 with suppress(Exception):  # whoever waits is told below
                     command()
-        for running in self._running.values():
-            deliver(running.on_report, error)
-        self._running.clear()
+        self._requests.fail(error)
         self.engine.engine_core.shutdown()
-        del self.engine
+        del self.engine, self._requests
 
 
 def _make_engine(arguments: dict[str, Any], separate_process: bool) -> "LLMEngine":
@@ -291,16 +205,3 @@ def _keep_threads(threads: int) -> None:
 
     if not current_platform.is_cpu():
         torch.set_num_threads(threads)
-
-
-def _is_dead(engine: "LLMEngine") -> bool:
-    """Say whether vLLM has seen its engine process die; in this process there is none."""
-    return bool(getattr(getattr(engine.engine_core, "resources", None), "engine_dead", False))
-
-
-def _first_logits(logprobs: Any) -> list[float] | None:
-    """Return the first step's values in the order of the token ids; raw logits with `logprobs_mode="raw_logits"`."""
-    if not logprobs:
-        return None
-    first = logprobs[0]
-    return [first[token].logprob for token in range(len(first))]
