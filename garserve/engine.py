@@ -22,6 +22,7 @@ from garserve.inputs.images import ImageSource, hold_image
 from garserve.inputs.processor import PreparedRequest, Processor
 from garserve.inputs.prompts import stop_token_id
 from garserve.inputs.request import RegionRequest
+from garserve.inputs.text_stream import TextStream
 from garserve.model.fingerprint import vision_fingerprint
 from garserve.tracing import span
 
@@ -140,9 +141,9 @@ class Engine:
             for request in requests:
                 waiting.append(request if isinstance(request, InputError) else self._start(request))
                 if len(waiting) >= in_flight:
-                    yield self._finish(waiting.popleft())
+                    yield self._finish_first(waiting)
             while waiting:
-                yield self._finish(waiting.popleft())
+                yield self._finish_first(waiting)
         finally:
             for pending in waiting:
                 if isinstance(pending, _Pending):
@@ -189,7 +190,7 @@ class Engine:
 
         cancel = self.backend.submit(prepared, self._sampling(request, stream=True), report_here)
         ids: list[int] = []
-        sent = ""
+        text = TextStream(self.processor.tokenizer, self.stop_id)
         try:
             while True:
                 report = await reports.get()
@@ -197,9 +198,7 @@ class Engine:
                     raise report
                 ids += report.new_token_ids
                 finished = self._answer(request, prepared, ids, report) if report.finish_reason else None
-                text = finished.text if finished else _whole_characters(self.processor.tokenizer.decode(ids))
-                yield Chunk(text[len(sent) :], finished)
-                sent = text
+                yield Chunk(text.push(report.new_token_ids, finished=finished is not None), finished)
                 if finished:
                     return
         finally:
@@ -229,13 +228,16 @@ class Engine:
         except InputError as error:
             return error
 
-    def _finish(self, pending: "_Pending | GarserveError") -> Answer | GarserveError:
-        if isinstance(pending, GarserveError):
-            return pending
-        try:
-            return pending.answer()
-        except InputError as error:
-            return error
+    def _finish_first(self, waiting: "deque[_Pending | GarserveError]") -> Answer | GarserveError:
+        """Take the first of those that wait, when it has an answer: until then it is one to cancel."""
+        outcome = waiting[0]
+        if isinstance(outcome, _Pending):
+            try:
+                outcome = outcome.answer()
+            except InputError as error:
+                outcome = error
+        waiting.popleft()
+        return outcome
 
     def _sampling(self, request: RegionRequest, *, stream: bool = False) -> Sampling:
         return Sampling(self.stop_id, request.max_tokens, request.temperature, request.seed, stream)
@@ -262,8 +264,3 @@ class _Pending:
             ids += report.new_token_ids
             if report.finish_reason:
                 return self._engine._answer(self._request, self._prepared, ids, report)
-
-
-def _whole_characters(text: str) -> str:
-    """Leave out the end of a text whose last character has not come whole yet."""
-    return text.rstrip("\ufffd")

@@ -109,6 +109,16 @@ def test_shapes() -> None:
     assert attributes.shape(rectangle(200, 300, (50, 50, 60, 60))) is None  # too small to tell
 
 
+@pytest.mark.parametrize("side", [40, 90, 95, 98])
+def test_a_frame_is_not_round(side: int) -> None:
+    """Though the ellipse of its moments covers all of it, for some of these."""
+    frame = rectangle(400, 400, (100, 100, 300, 300))
+    frame[200 - side // 2 : 200 + side // 2, 200 - side // 2 : 200 + side // 2] = False
+    assert attributes.shape(frame) != "round"
+    ring = disc(400, 400, 200, 200, 100) & ~disc(400, 400, 200, 200, side / 2)
+    assert attributes.shape(ring) is None
+
+
 def test_texture() -> None:
     image = np.full((128, 128, 3), 120, np.uint8)
     image[:, ::2] = 160

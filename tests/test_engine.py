@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,30 @@ def test_many_keeps_order_and_reads_no_further_than_needed(engine: Engine, pictu
     rest = list(answers)
     assert [answer.id for answer in rest] == [str(k) for k in range(1, 30)]
     assert [len(answer.token_ids) for answer in rest] == [1 + k % 4 for k in range(1, 30)]
+
+
+def test_a_wait_that_is_broken_off_cancels_its_request(
+    reference: Engine, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by Ctrl-C: also the request that was waited for is not decoded to its end for nobody."""
+    started: list[int] = []
+    cancelled: list[int] = []
+
+    def submit(*_: object) -> Callable[[], None]:
+        started.append(number := len(started))
+        return lambda: cancelled.append(number)
+
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reference.backend, "submit", submit)
+    monkeypatch.setattr("garserve.engine._Pending.answer", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        reference.describe(picture, [BOX, DISC])
+    assert started == cancelled == [0, 1]
+    with pytest.raises(KeyboardInterrupt):
+        reference.ask(picture, [BOX], "What is <Prompt0>?")
+    assert started == cancelled == [0, 1, 2]
 
 
 def test_outcomes_put_errors_in_their_places(engine: Engine, picture: np.ndarray) -> None:

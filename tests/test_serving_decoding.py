@@ -17,11 +17,14 @@ pytest.importorskip("vllm", reason="vLLM is not installed (pip install garserve[
 
 from starlette.requests import Request
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.exceptions import MaxQueuedTokensError, QueueOverflowError
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from garserve.inputs.text_stream import TextStream
+from garserve.serving import answering
 from garserve.serving.answering import as_api_error, stream_response
 from garserve.serving.chat import PreparedChat, region_chat
-from garserve.serving.decoding import RegionEngineClient, TextStream
+from garserve.serving.decoding import RegionEngineClient
 from garserve.serving.errors import APIError
 
 RAW = Request({"type": "http", "method": "POST", "path": "/", "headers": []})
@@ -93,11 +96,17 @@ class Ending:
         )
 
 
-ENDS = [("abort", 503, "cut_off"), ("error", 500, "internal_error"), (EngineDeadError(), 503, "engine_dead")]
+ENDS = [
+    ("abort", 503, "cut_off"),
+    ("error", 500, "internal_error"),
+    (EngineDeadError(), 503, "engine_dead"),
+    (QueueOverflowError(), 503, "queue_full"),
+    (MaxQueuedTokensError(), 503, "queue_full"),
+]
 
 
 @pytest.mark.parametrize("stop", [[], ["x"]], ids=["own texts", "stop texts"])
-@pytest.mark.parametrize(("end", "status", "code"), ENDS, ids=["abort", "error", "dead"])
+@pytest.mark.parametrize(("end", "status", "code"), ENDS, ids=["abort", "error", "dead", "queue", "tokens"])
 def test_an_answer_that_vllm_ends_by_itself_is_none(
     processor: Processor, end: str | Exception, status: int, code: str, stop: list[str]
 ) -> None:
@@ -111,6 +120,14 @@ def test_an_answer_that_vllm_ends_by_itself_is_none(
         asyncio.run(ask())
     answer = as_api_error(ended.value, RAW)
     assert (answer.status, answer.code) == (status, code)
+
+
+@pytest.mark.parametrize("limit", [QueueOverflowError(), MaxQueuedTokensError()], ids=["requests", "tokens"])
+def test_what_vllm_s_own_limits_refuse_may_be_tried_again(limit: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answering.logger, "error", lambda *_, **__: pytest.fail("it is no fault of the server"))
+    answer = as_api_error(limit, RAW)
+    assert answer.headers == {"Retry-After": "1"}
+    assert "try again" in answer.message
 
 
 def vllm_chat(processor: Processor, end: str | Exception) -> tuple[OpenAIServingChat, RegionEngineClient]:

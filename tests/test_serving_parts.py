@@ -36,7 +36,7 @@ def processor() -> Processor:
 )
 def test_pieces_of_a_text_are_the_text(processor: Processor, ids: list[int], cuts: list[int], ended: bool) -> None:
     """Whatever tokens come in whatever portions, bytes of half characters and control tokens among them."""
-    from garserve.serving.decoding import TextStream
+    from garserve.inputs.text_stream import TextStream
 
     stop = stop_token_id(processor.tokenizer)
     ids = [token for token in ids if token != stop]
@@ -240,6 +240,26 @@ def test_the_alpha_channel_is_a_mask_and_the_pixels_stay(kind: str) -> None:
         assert mask is not None
         assert (mask == (alpha != 0)).all()
         assert (found == np.asarray(picture.convert("RGBA").convert("RGB"))).all()
+
+
+@pytest.mark.parametrize(
+    ("least", "marks"), [({254}, False), ({1, 128, 200}, False), ({0}, True), ({0, 1, 254}, True)], ids=str
+)
+def test_alpha_marks_something_where_a_pixel_is_fully_transparent(least: set[int], marks: bool) -> None:
+    """As in masks: a soft edge, or one pixel that is not quite opaque, does not make the whole picture the region."""
+    alpha = np.full((20, 30), 255, np.uint8)
+    for place, value in enumerate(sorted(least)):
+        alpha[5, place] = value
+    file = io.BytesIO()
+    Image.fromarray(np.dstack([np.full((20, 30, 3), 40, np.uint8), alpha])).save(file, "PNG")
+    found, mask = load_with_alpha(file.getvalue())
+    if marks:
+        assert mask is not None
+        assert (mask == (alpha != 0)).all()
+        assert (found == 40).all(), "as they lie below it"
+    else:
+        assert mask is None
+        assert (found == load_image(file.getvalue())).all()
 
 
 def test_a_chat_keeps_what_else_vllm_s_renderer_knows() -> None:

@@ -1,5 +1,6 @@
 """GAR in vLLM: equal to the reference, sharing what may be shared and nothing else, by vLLM's own counters."""
 
+import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,18 @@ def test_a_second_engine_in_the_process_is_refused(vllm_engine: Engine, mini: Pa
     with pytest.raises(GarserveError, match="close it first, or load with separate_process=True"):
         garserve.load(mini, "vllm")
     assert vllm_engine.ask(picture, REGIONS[:1], "Still there?", max_tokens=1).finish_reason == "length"
+
+
+def test_a_second_engine_with_a_process_of_its_own_leaves_the_first_alone(
+    vllm_engine: Engine, mini: Path, picture: np.ndarray
+) -> None:
+    expected = vllm_engine.describe(picture, REGIONS[:1], max_tokens=4)
+    with garserve.load(mini, "vllm", separate_process=True) as second:
+        assert [one.name for one in multiprocessing.active_children() if one.name.startswith("EngineCore")]
+        assert second.describe(picture, REGIONS[:1], max_tokens=4)[0].token_ids == expected[0].token_ids
+    other = [{"box": [2, 3, 40, 50]}]  # of which nothing is kept yet
+    assert vllm_engine.describe(picture, REGIONS[:1], max_tokens=4)[0].token_ids == expected[0].token_ids
+    assert len(vllm_engine.describe(picture, other, max_tokens=4)[0].token_ids) == 4
 
 
 def test_register_is_idempotent_and_lazy() -> None:

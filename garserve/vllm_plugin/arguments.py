@@ -172,6 +172,7 @@ def engine_environment(workers: int, *, separate_process: bool) -> Iterator[None
 
     `workers` is the number of ranks on this machine that share its cores.
     """
+    from vllm.envs import disable_envs_cache
     from vllm.platforms import current_platform
 
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
@@ -190,7 +191,9 @@ def engine_environment(workers: int, *, separate_process: bool) -> Iterator[None
         changed = {name: value for name, value in wanted.items() if name not in os.environ}
         if separate_process and current_platform.is_cpu():
             changed |= openmp_environment()
-        # By this one vLLM chooses its process mode, and on a CPU its executor; it is read anew for each engine.
+        # By this one vLLM chooses its process mode, and on a CPU its executor. An engine in this process, once it has
+        # started, holds all of vLLM's variables as they were then.
+        disable_envs_cache()
         changed["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if separate_process else "0"
         before = {name: os.environ.get(name) for name in changed}
         os.environ.update(changed)

@@ -73,7 +73,7 @@ def colour_terms(lab: NDArray[np.float64]) -> NDArray[np.int64]:
     """Name CIELAB colours [..., 3] (D65, L* 0..100): indices into COLOURS, [...].
 
     Little chroma is black, grey or white by lightness. The rest is parted by hue angle; within a hue, light reds are
-    pink, dull or dark oranges brown, pale ones white.
+    pink, dull or dark oranges brown, pale ones white, and blue reaches as far as lavender.
     """
     light, a, b = lab[..., 0], lab[..., 1], lab[..., 2]
     chroma = np.hypot(a, b)
@@ -225,8 +225,9 @@ def shape(mask: Mask) -> str | None:
     """Return one of SHAPES, in the image's own pixels, for regions of at least 1 % of its area and 150 pixels.
 
     Irregular: at most 3/4 of its convex hull. Elongated: at least 4/5 of it, and at least 2.6 times as long as wide (by
-    second moments). Round: not longer than 1.3 times its width, and equal to the ellipse of its moments but for 7 %.
-    Square: likewise not long, and filling at least 93 % of the smallest rectangle around it. Otherwise unclear.
+    second moments). Round: not longer than 1.3 times its width, and what only the region or only the ellipse of its
+    moments covers is at most 7 % of its area. Square: likewise not long, and filling at least 93 % of the smallest
+    rectangle around it. Otherwise unclear.
     """
     area = int(mask.sum())
     if area < 150 or mask.mean() < 0.01:
@@ -250,7 +251,8 @@ def shape(mask: Mask) -> str | None:
     x, y = columns - moments["m10"] / area, rows - moments["m01"] / area
     (xx, xy), (_, yy) = np.linalg.inv(spread)
     in_ellipse = int((xx * x * x + 2 * xy * x * y + yy * y * y <= 4).sum())
-    return "round" if 2 * in_ellipse / area - 1 >= 0.93 else None
+    ellipse = 4 * np.pi * float(np.sqrt(np.linalg.det(spread)))  # its area; a hole in the region makes it the larger
+    return "round" if area + ellipse - 2 * in_ellipse <= 0.07 * area else None
 
 
 def _hull(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
