@@ -198,6 +198,8 @@ async def _early(session: aiohttp.ClientSession, url: str, ask: Ask, tally: Tall
     """Go away after the first bytes of a stream, or a moment after the request where the answer is whole."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(0.2), _post(session, url, ask.body) as response:
+            if response.status != 200:
+                tally.wrong.append(f"early: {response.status}")
             await response.content.readany()
             response.close()
     tally.outcomes["early"] += 1

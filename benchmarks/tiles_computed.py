@@ -1,10 +1,10 @@
 """How many tiles go through the tower for N regions of an image: garserve's tile keys against all tiles every time.
 
-`python benchmarks/tiles_computed.py REGIONS.jsonl` with lines {"image": path, "regions": [{"rle": …}, …]}. Counting
-needs no model. Each image gets masks of all images, some of them mirrored, none twice, stretched to its size.
+`python benchmarks/tiles_computed.py REGIONS.jsonl` with lines {"image": path, "regions": [{"rle": …}, …]}, read as
+`garserve batch` reads them. Counting needs no model. Each image gets masks of all images, some of them mirrored, none
+twice, stretched to its size.
 """
 
-import json
 from pathlib import Path
 from statistics import mean
 from typing import Annotated
@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from garserve.inputs.processor import draw_masks
-from garserve.inputs.regions import Region
+from garserve.bench.real import photographs
+from garserve.errors import InputError
 from garserve.inputs.shapes import Mask
 from garserve.inputs.tiles import choose_grid, pack_mask, tile_mask
 
@@ -69,14 +69,23 @@ def main(
 
 
 def _read(path: Path) -> tuple[list[tuple[int, int]], list[Mask]]:
-    """Return the sizes (height, width) of all photographs, and all masks."""
-    sizes, masks = [], []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        with Image.open(path.parent / row["image"]) as image:
-            size = (image.height, image.width)
-        sizes.append(size)
-        masks += draw_masks([Region.parse(region) for region in row["regions"]], *size)
+    """Return the sizes (height, width) of all photographs, upright, and all masks.
+
+    Raises SystemExit where a line cannot be used, or where masks are too few to be drawn without repetition.
+    """
+    sizes: list[tuple[int, int]] = []
+    masks: list[Mask] = []
+    try:
+        for one in photographs(path):
+            sizes.append((one.image.shape[0], one.image.shape[1]))
+            masks += one.masks
+    except InputError as error:
+        raise SystemExit(str(error)) from None
+    least = -(-max(COUNTS) // len(MIRRORS))
+    if len(masks) < least:
+        raise SystemExit(
+            f"{path}: expected at least {least} regions, {max(COUNTS)} with their mirrors, got {len(masks)}: no figures"
+        )
     return sizes, masks
 
 

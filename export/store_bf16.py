@@ -1,19 +1,27 @@
-"""Weights in bfloat16, sums in float32: half the file, and nothing lost where the checkpoint itself is bfloat16."""
+"""Weights in bfloat16, sums in float32: half the file.
+
+Weights that are bfloat16 in the checkpoint are stored as they are, but for those that `tower_graph` computes: layer
+scales go into the layers before them, and the mask's three channels are one.
+"""
 
 from typing import Any
 
 import torch
 
-_SMALLEST = 2  # dimensions; biases, norms and tables stay float32
+_PRODUCTS = ("MatMul", "Gemm", "Conv")
+_FACTORS = 2  # their first inputs; what comes behind them is a bias
 
 
 def store_bf16(model: Any) -> None:
-    """Replace each float32 matrix of an `onnx_ir.Model` by bfloat16 values and a Cast, which runtimes fold."""
+    """Replace each float32 matrix of weights of an `onnx_ir.Model` by bfloat16 values and a Cast, which runtimes fold.
+
+    Biases, norms, positions, rotary tables and the scale of pixels stay float32: they are small, and read by all tiles.
+    """
     import onnx_ir
 
     graph = model.graph
     for name, value in list(graph.initializers.items()):
-        if value.dtype != onnx_ir.DataType.FLOAT or len(value.shape) < _SMALLEST:
+        if value.dtype != onnx_ir.DataType.FLOAT or not _is_weight(value):
             continue
         rounded = torch.from_numpy(value.const_value.numpy().copy()).to(torch.bfloat16)
         stored = onnx_ir.Value(
@@ -28,3 +36,11 @@ def store_bf16(model: Any) -> None:
         graph.initializers.add(stored)
         value.replace_all_uses_with(cast.outputs[0])
         graph.insert_before(graph[0], cast)
+
+
+def _is_weight(value: Any) -> bool:
+    """Whether an `onnx_ir.Value` is read as a factor of products alone, as it is or transposed."""
+    return bool(value.uses()) and all(
+        _is_weight(node.outputs[0]) if node.op_type == "Transpose" else node.op_type in _PRODUCTS and place < _FACTORS
+        for node, place in value.uses()
+    )

@@ -151,7 +151,15 @@ def _difference(info: ModelInfo, provider: str, name: str, ours: torch.Tensor, w
 
 def _replay_values(folder: Path, info: ModelInfo, encoder: RegionEncoder, provider: str) -> Iterator[Check]:
     runtime = require("onnxruntime")
-    session = runtime.InferenceSession(str(folder / f"{REPLAY}.onnx"), providers=[provider])
+    try:
+        session = runtime.InferenceSession(str(folder / f"{REPLAY}.onnx"), providers=[provider])
+    except Exception as error:  # pybind's classes of ONNX Runtime's error codes
+        yield Check(REPLAY, provider, "session", False, first_line(error))
+        return
+    if provider not in session.get_providers():  # ONNX Runtime falls back to the CPU in silence
+        started = ", ".join(session.get_providers())
+        yield Check(REPLAY, provider, "session", False, f"{provider} is installed but does not start here: {started}")
+        return
     config = encoder.config.with_box_scale(info.config["box_scale"])
     side, generator = config.tokens_per_side, torch.Generator().manual_seed(0)
     for grid, count in zip(_GRIDS, COUNTS, strict=True):

@@ -75,7 +75,8 @@ def encode(
         if exported is None:
             encoder = _placed(encoder, device)
         encoder.tile_cache = TileCache(DEFAULT_GB if tile_cache_gb is None else tile_cache_gb)
-        files = FileEncoder(encoder, processor, vision_fingerprint(opened), output)
+        tower = "" if exported is None else exported.info.tower
+        files = FileEncoder(encoder, processor, vision_fingerprint(opened), output, tower=tower)
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=status_console) as progress:
         task = progress.add_task("rows", total=count_lines(input_file))

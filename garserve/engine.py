@@ -230,14 +230,17 @@ class Engine:
 
     def _finish_first(self, waiting: "deque[_Pending | GarserveError]") -> Answer | GarserveError:
         """Take the first of those that wait, when it has an answer: until then it is one to cancel."""
-        outcome = waiting[0]
-        if isinstance(outcome, _Pending):
-            try:
-                outcome = outcome.answer()
-            except InputError as error:
-                outcome = error
+        outcome = self._finish(waiting[0])
         waiting.popleft()
         return outcome
+
+    def _finish(self, pending: "_Pending | GarserveError") -> Answer | GarserveError:
+        if isinstance(pending, GarserveError):
+            return pending
+        try:
+            return pending.answer()
+        except InputError as error:
+            return error
 
     def _sampling(self, request: RegionRequest, *, stream: bool = False) -> Sampling:
         return Sampling(self.stop_id, request.max_tokens, request.temperature, request.seed, stream)

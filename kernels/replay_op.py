@@ -40,7 +40,8 @@ def roi_replay(
     `table` int32 [entries] says where: an image's entries are its grid of tiles row by row, -1 for one that is not
     there and counts as zero. `regions` int32 [R, 4] has each region's first entry, the grid's width and height in
     tiles, and the first of its rows in `out`; `boxes` float32 [R, 4] is x1, y1, x2, y2 in feature cells of the whole
-    map (n · width by n · height). `out` [rows, C] has the features' dtype; its other rows stay as they are.
+    map (n · width by n · height). `out` [rows, C] has the features' dtype; its other rows stay as they are. `table`,
+    `regions` and `boxes` are contiguous.
 
     Samples are those of torchvision's roi_align(aligned=True) with `sampling_ratio` samples a bin and axis. All
     tensors are on one device, and nothing is read back to the host of a GPU. Raises ValueError for tensors that do not
@@ -100,7 +101,8 @@ def _check(
     fits = features.ndim == 3 and features.shape[1] == n2 and features.dtype in kinds
     expect(fits, "features", f"bfloat16, float16 or float32 [slots, {n2}, C]", features)
     expect(features.shape[2] < 2 or features.stride(2) == 1, "features", "a contiguous last dimension", features)
-    expect(table.ndim == 1 and table.dtype == torch.int32, "table", "int32 [entries]", table)
+    fits = table.ndim == 1 and table.dtype == torch.int32 and table.is_contiguous()
+    expect(fits, "table", "contiguous int32 [entries]", table)
     fits = regions.ndim == 2 and regions.shape[1] == 4 and regions.dtype == torch.int32 and regions.is_contiguous()
     expect(fits, "regions", "contiguous int32 [R, 4]", regions)
     fits = boxes.shape == regions.shape and boxes.dtype == torch.float32 and boxes.is_contiguous()

@@ -151,7 +151,7 @@ def test_stages_are_told_apart_by_the_first_token() -> None:
 
 def test_latency_command(tmp_path: Path) -> None:
     trace, saved = tmp_path / "trace.json", tmp_path / "latency.json"
-    arguments = ["bench", "latency", "--backend", "reference", "--images", "3", "--size", "120x90", "--max-tokens", "8"]
+    arguments = ["bench", "latency", "--backend", "reference", "--images", "1", "--size", "120x90", "--max-tokens", "8"]
     done = runner.invoke(app, [*arguments, "--trace", str(trace), "--save", str(saved), "--json"])
     assert done.exit_code == 0, done.output
     document = json.loads(done.stdout)
@@ -162,6 +162,26 @@ def test_latency_command(tmp_path: Path) -> None:
     assert document["machine"]["threads"] >= 1
     names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
     assert {"preprocess", "vision", "replay", "decoder"} <= names
+
+
+@pytest.mark.parametrize(
+    ("gaps", "milliseconds"), [([[], [0.2, 0.4]], pytest.approx(300)), ([[], [0.2], []], pytest.approx(200))]
+)
+def test_answers_of_one_token_have_no_gap(
+    monkeypatch: pytest.MonkeyPatch, tiny: garserve.Engine, gaps: list[list[float]], milliseconds: Any
+) -> None:
+    assert timed(monkeypatch, tiny, gaps)["ITL"]["milliseconds"] == milliseconds
+    assert "ITL" not in timed(monkeypatch, tiny, [[], []])
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, engine: garserve.Engine, gaps: list[list[float]]) -> dict[str, Any]:
+    """Rows of `bench latency` by stage, for answers with these seconds between their tokens."""
+    stages = dict.fromkeys(latency.STAGES, 1 / len(latency.STAGES)) | {"between": 0.0}
+    lines = [latency.Timeline(stages, 0.5, gap, 1.0, 9, 0, [1] * (len(gap) + 1), 1, 1) for gap in gaps]
+    monkeypatch.setattr(latency, "peaks", lambda dtype: Peaks(1e12, 1e10))
+    monkeypatch.setattr(latency, "measure", lambda engine, request: (request, []))
+    result, _ = latency.latency(engine, lines, lines[0], "here")  # type: ignore[arg-type]
+    return {str(row["stage"]): row for row in result.rows}
 
 
 def test_throughput_command() -> None:

@@ -1,12 +1,14 @@
 """What benchmarks/batch.py and load.py hold against each other: warmed alike and in turns; nothing is timed."""
 
+import asyncio
 import json
 import random
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 from PIL import Image
@@ -99,6 +101,32 @@ def test_server_and_engine_take_turns(scripts: None, monkeypatch: pytest.MonkeyP
     texts, ratios, tower = load._overhead("url", asks, 5, 2, 3)
     assert (texts, len(ratios), tower) == (["said"] * 3, 3, "torch")
     assert events == ["engine 3", "server 3", *["engine 5", "server 5"] * 3]  # both warm, then in turns
+
+
+@pytest.mark.parametrize(("status", "wrong"), [(200, []), (503, ["early: 503"])])
+def test_a_client_that_leaves_early_looks_at_the_status(
+    scripts: None, monkeypatch: pytest.MonkeyPatch, status: int, wrong: list[str]
+) -> None:
+    pytest.importorskip("aiohttp")
+    import load
+
+    class Response:
+        content = SimpleNamespace(readany=AsyncMock())
+        close = Mock()
+
+        def __init__(self) -> None:
+            self.status = status
+
+    @asynccontextmanager
+    async def post(*_: Any) -> AsyncIterator[Response]:
+        yield Response()
+
+    monkeypatch.setattr(load, "_post", post)
+    tally = load.Tally()
+    asyncio.run(load._early(Mock(), "url", load.make_asks(random.Random(0), 1, 8)[0], tally))
+    assert (tally.wrong, tally.outcomes) == (wrong, {"early": 1})
+    Response.content.readany.assert_awaited_once()
+    Response.close.assert_called_once()
 
 
 def test_the_load_says_what_it_repeats(scripts: None) -> None:

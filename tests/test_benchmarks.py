@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 import typer
+from PIL import Image
 from rich.console import Console
 
 import garserve
 from garserve.bench.machine import Peaks, machine
 from garserve.bench.workload import DENSE
-from tests.conftest import ROOT
+from tests.conftest import ROOT, write_lines
 
 SIZE = (120, 90)
 
@@ -175,6 +176,40 @@ def test_options_of_the_comparison_that_do_nothing_are_refused(scripts: None) ->
         with pytest.raises(typer.BadParameter, match=message):
             _refuse_ignored(model, kind, **options)
     _refuse_ignored("GAR-1B", "dense", depth=2, layers=1, regions=5)
+
+
+def lying_photograph(folder: Path, masks: int) -> Path:
+    """A file with one photograph that lies on its side, and masks in its upright frame beside it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.new("RGB", (60, 40)).save(folder / "turned.png", exif=exif)
+    values = np.zeros((60, 40), np.uint8)
+    for number in range(masks):
+        values[4 * number : 4 * number + 3, : 2 * number + 4] = number + 1
+    Image.fromarray(values).save(folder / "values.png")
+    regions = [{"mask": "values.png", "value": number + 1} for number in range(masks)]
+    return write_lines(folder / "masks.jsonl", [{"image": "turned.png", "regions": regions}])
+
+
+def test_tiles_are_counted_on_upright_pictures_with_masks_beside_the_file(
+    scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tiles_computed
+
+    file = lying_photograph(tmp_path, 13)
+    monkeypatch.chdir("/")
+    sizes, masks = tiles_computed._read(file)
+    assert sizes == [(60, 40)]
+    assert [int(mask.sum()) for mask in masks] == [3 * (2 * number + 4) for number in range(13)]
+
+
+def test_too_few_masks_give_no_shares(scripts: None, tmp_path: Path) -> None:
+    import tiles_computed
+
+    with pytest.raises(SystemExit, match="expected at least 13 regions, 50 with their mirrors, got 12: no figures"):
+        tiles_computed.main(lying_photograph(tmp_path, 12), save_results=False)
+    with pytest.raises(SystemExit, match=r"line 1: .*none\.png: no such file"):
+        tiles_computed.main(write_lines(tmp_path / "bad.jsonl", [{"image": "none.png", "regions": [[1, 1, 9, 9]]}]))
 
 
 def test_the_replay_allocates_what_it_writes_as_its_peers_do(scripts: None) -> None:

@@ -1,9 +1,11 @@
-"""`garserve encode --device`: where tiles are computed is obeyed, or refused before anything is loaded."""
+"""`garserve encode`: where tiles are computed is obeyed, or refused before anything is loaded; which tower is noted."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from garserve.export import choice
 from typer.testing import CliRunner
 
@@ -11,6 +13,7 @@ from garserve import cli_encode
 from garserve.checkpoint import Checkpoint
 from garserve.cli import app
 from garserve.errors import GarserveError, RequestError
+from garserve.inputs.encoded import EncodedImage
 from garserve.model import onnx_vision
 from garserve.model.device import has_gpu
 from tests.conftest import PHOTO, write_lines
@@ -49,6 +52,26 @@ def test_the_choice_of_a_tower_is_told_the_device(source: Path, monkeypatch: pyt
     monkeypatch.setattr(choice, "choose_vision", choose)
     assert str(encode(source, "--device", device)) == "as far as here"
     assert told == [None if device == "auto" else device]
+
+
+def test_files_of_an_exported_tower_name_it(source: Path, monkeypatch: pytest.MonkeyPatch, mini: Path) -> None:
+    config = Checkpoint.open(mini).config
+
+    class Exported:
+        info = SimpleNamespace(tower="int8 dynamic")
+
+        def __call__(self, tiles: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(len(tiles), config.tokens_per_tile, config.hidden_size)
+
+    chosen: list[Any] = [(Path("exported"), CPU), None]
+    monkeypatch.setattr(choice, "choose_vision", lambda *_, **__: chosen.pop(0))
+    monkeypatch.setattr(choice, "open_vision", lambda *_: Exported())
+    for towers in (["int8 dynamic"], ["", "int8 dynamic"]):
+        encode(source, "-c", str(mini))
+        files = [EncodedImage.load(path) for path in (source.parent / "out").glob("*.safetensors")]
+        assert sorted(file.tower for file in files) == towers
+    assert {bool(file.image.any()) for file in files if file.tower} == {False}
+    assert {bool(file.image.any()) for file in files if not file.tower} == {True}
 
 
 def refuse(*_: object, **__: object) -> Any:

@@ -7,13 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from blake3 import blake3
 from PIL import Image
+from safetensors import safe_open
 
 from garserve.batch.encode import FileEncoder, check_folder, run_encode
 from garserve.batch.source import Reading
 from garserve.batch.source_jsonl import JsonlSource
 from garserve.checkpoint import TINY, Checkpoint
 from garserve.errors import GarserveError, RequestError
+from garserve.inputs.encoded import EncodedImage
 from garserve.inputs.processor import Processor
 from garserve.inputs.request import RegionRequest
 from tests.conftest import PHOTO, write_lines
@@ -32,9 +35,10 @@ class Zeros:
 class Noting(FileEncoder):
     """Keeps the requests that it was given; fails as it is told at one of them."""
 
-    def __init__(self, folder: Path, failure: BaseException | None = None, at: int = 0) -> None:
+    def __init__(self, folder: Path, failure: BaseException | None = None, at: int = 0, tower: str = "") -> None:
         opened = Checkpoint.open(TINY)
-        super().__init__(Zeros(), Processor(opened.folder, opened.config), "0" * 32, folder)  # type: ignore[arg-type]
+        processor = Processor(opened.folder, opened.config)
+        super().__init__(Zeros(), processor, "0" * 32, folder, tower=tower)  # type: ignore[arg-type]
         self.requests: list[RegionRequest] = []
         self._failure, self._at = failure, at
 
@@ -133,6 +137,24 @@ def test_a_file_that_cannot_be_written_ends_the_job(tmp_path: Path, out: Path) -
     with pytest.raises(GarserveError, match=r"none/.*\.safetensors: cannot be written"):
         run_encode(encoder, source, out)
     assert list(out.iterdir()) == []
+
+
+def test_each_tower_has_files_of_its_own(tmp_path: Path, out: Path) -> None:
+    """What another one has computed is not taken for its features; files from before towers were noted still are."""
+    source = write_lines(tmp_path / "in.jsonl", [GOOD])
+    towers = ("int8 dynamic", "", "fp16", "int8 dynamic", "")
+    written = [run_encode(Noting(out, tower=tower), source, out).files for tower in towers]
+    assert written == [1, 1, 1, 0, 0]
+    files = {EncodedImage.load(path).tower: path for path in out.glob("*.safetensors")}
+    assert set(files) == {"int8 dynamic", "", "fp16"}
+    with safe_open(files[""], framework="pt") as file:
+        assert set(file.metadata()) == {"format", "checkpoint", "box_scale"}
+    encoder = Noting(out)
+    assert run_encode(encoder, source, out).errors == 0
+    digest = blake3(b"0" * 32)
+    for item in encoder._processor.all_items(encoder.requests[0]):
+        digest.update(item.hash.encode())
+    assert files[""].stem == digest.hexdigest(16)
 
 
 @pytest.mark.parametrize("name", ["requests.jsonl", "errors.jsonl"])

@@ -121,6 +121,29 @@ def test_verify_of_nothing_and_of_another_checkpoint(tmp_path: Path, mini: Path)
         list(verify(tiny_models(), Checkpoint.open(mini)))
 
 
+def test_a_provider_that_the_replay_does_not_start_on_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_replay(Checkpoint.open(TINY), tmp_path)
+
+    class Fallen:
+        def __init__(self, *_: object, providers: list[str]) -> None:
+            if providers == ["TensorrtExecutionProvider"]:
+                raise RuntimeError("no engine\nfor this graph")
+
+        def get_providers(self) -> list[str]:
+            return ["CPUExecutionProvider"]
+
+    monkeypatch.setattr(ort, "InferenceSession", Fallen)
+    names = ["CUDAExecutionProvider", "TensorrtExecutionProvider"]
+    found = [one for one in verify(tmp_path, Checkpoint.open(TINY), providers=names) if one.provider]
+    assert [(one.provider, one.check, one.passed) for one in found] == [(name, "session", False) for name in names]
+    assert [one.note for one in found] == [
+        "CUDAExecutionProvider is installed but does not start here: CPUExecutionProvider",
+        "no engine",
+    ]
+
+
 def test_export_commands(mini: Path, tmp_path: Path) -> None:
     run = CliRunner().invoke
     out = run(app, ["export", "replay", str(mini), "-o", str(tmp_path), "--json"], catch_exceptions=False)

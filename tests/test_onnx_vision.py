@@ -13,6 +13,7 @@ from garserve.export.fuse import fuse_operators
 from garserve.export.quantise import quantise
 from garserve.export.samples import Tiles, photo_tiles, random_tiles, relative_error
 from garserve.export.source import load_encoder
+from garserve.export.store_bf16 import store_bf16
 from garserve.export.tower_graph import TowerGraph
 from garserve.export.vision import TOLERANCES, export_vision, write_graph
 
@@ -95,6 +96,40 @@ def test_smaller_dtypes_are_smaller_files() -> None:
     assert sizes("bf16") < 0.55 * sizes("fp32")
     assert sizes("fp16") < 0.55 * sizes("fp32")
     assert sizes("int8") < 0.4 * sizes("fp32")
+
+
+@pytest.mark.parametrize("opset", [18, 23])
+def test_bfloat16_is_for_matrices_of_weights_alone(mini: Path, tmp_path: Path, opset: int) -> None:
+    """Equal to a tower with its matrices rounded: pixels, positions and rotary tables keep all of their bits."""
+    encoder = load_encoder(Checkpoint.open(mini))
+    info = replace(info_for(encoder.config, opset), dtype="bf16")
+    write_graph(encoder, tmp_path / "vision.onnx", info)
+    rounded = TowerGraph(encoder, fused=opset == 23)
+    for name, weight in rounded.named_parameters():
+        if weight.ndim > 1 and name != "cls":
+            weight.copy_(weight.bfloat16().float())
+    sample = random_tiles(encoder.config, 3)
+    ours = OnnxVision(tmp_path, provider="cpu").run(sample.tiles, sample.masks)
+    assert relative_error(ours, rounded(sample.tiles, sample.masks)) < 1e-5
+    model = onnx.load(str(tmp_path / "vision.onnx"), load_external_data=False)
+    stored = [one for one in model.graph.initializer if one.data_type == onnx.TensorProto.BFLOAT16]
+    assert len(stored) == 4 * encoder.config.vision.depth + 3  # and the patches, and two layers of the projector
+
+
+def test_a_weight_is_one_also_where_it_is_transposed() -> None:
+    onnx_ir = pytest.importorskip("onnx_ir")
+    text = """<ir_version: 10, opset_import: ["" : 18]>
+        graph (float[2, 2] x) => (float[2, 2] y)
+        <float[2, 2] weight = {1, 2, 3, 4}, float[2, 2] table = {1, 2, 3, 4}, float[2, 2] both = {1, 2, 3, 4}> {
+            turned = Transpose (weight)
+            a = MatMul (x, turned)
+            b = MatMul (a, both)
+            c = Add (b, both)
+            y = Add (c, table)
+        }"""
+    model = onnx_ir.from_onnx_text(text)
+    store_bf16(model)
+    assert set(model.graph.initializers) == {"weight.bf16", "table", "both"}
 
 
 def random_encoder(config: GARConfig) -> RegionEncoder:
@@ -233,6 +268,21 @@ def test_external_data_elsewhere_is_not_read(copy: Path) -> None:
     (copy / "vision.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(OnnxError, match="expected a file beside the model"):
         OnnxVision(copy)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said", "tower"),
+    [
+        ("fp32", {}, ""),
+        ("fp16", {}, "fp16"),
+        ("bf16", {}, "bf16"),
+        ("int8", {"activations": "dynamic", "calibration_errors": {"dynamic": 0.01, "static": 0.02}}, "int8 dynamic"),
+        ("int8", {"activations": "dynamic", "calibration_errors": {}}, "int8 dynamic"),
+        ("int8", {"activations": "static", "calibration_errors": {"static": 0.0125}}, "int8 static 0.0125"),
+    ],
+)
+def test_a_tower_is_told_by_what_its_features_depend_on(dtype: str, said: dict[str, Any], tower: str) -> None:
+    assert ModelInfo("vision", "0", "f", dtype, 23, 1e-4, said).tower == tower
 
 
 def test_no_model_at_all(tmp_path: Path, copy: Path) -> None:

@@ -36,9 +36,15 @@ class Encoded:
 class FileEncoder:
     """Encodes requests into a folder; a file that is there already is not computed again."""
 
-    def __init__(self, encoder: RegionEncoder, processor: Processor, fingerprint: str, folder: Path) -> None:
-        """Take a checkpoint's encoder, its processor, the fingerprint of its vision half, and the folder."""
+    def __init__(
+        self, encoder: RegionEncoder, processor: Processor, fingerprint: str, folder: Path, *, tower: str = ""
+    ) -> None:
+        """Take a checkpoint's encoder, its processor, the fingerprint of its vision half, and the folder.
+
+        `tower` is the `ModelInfo.tower` of an exported model that computes in the encoder: other features, other files.
+        """
         self._encoder, self._processor, self._fingerprint, self._folder = encoder, processor, fingerprint, folder
+        self._tower = tower
         self._dtype = getattr(torch, processor.config.dtype)
 
     def encode(self, request: RegionRequest) -> tuple[Path, bool]:
@@ -49,7 +55,7 @@ class FileEncoder:
         """
         with _refused():
             items = self._processor.all_items(request)
-        digest = blake3(self._fingerprint.encode())
+        digest = blake3(f"{self._fingerprint}{self._tower}".encode())
         for item in items:
             digest.update(item.hash.encode())
         path = self._folder / f"{digest.hexdigest(_NAME_BYTES)}{SUFFIX}"
@@ -58,7 +64,7 @@ class FileEncoder:
         image, *regions = (rows.to(self._dtype).cpu() for rows in self._encoder.encode(items))
         scale = self._processor.config.replay_box_scale
         try:
-            EncodedImage(image, torch.stack(regions), self._fingerprint, scale).save(path)
+            EncodedImage(image, torch.stack(regions), self._fingerprint, scale, self._tower).save(path)
         except (OSError, SafetensorError) as error:  # of the disk, not of the line
             raise GarserveError(f"output {path}: cannot be written ({error})") from None
         return path, True

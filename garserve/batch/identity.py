@@ -13,6 +13,7 @@ from garserve.batch.filters import Filters
 from garserve.batch.journal import OutputError
 from garserve.batch.prepare import Preparation
 from garserve.errors import RequestError
+from garserve.model.onnx_file import read_info
 
 _FILES = ("config.json", "preprocessor_config.json", "tokenizer.json")
 
@@ -28,10 +29,25 @@ def checkpoint_digest(folder: Path) -> str:
     return whole.hexdigest(16)
 
 
+def vision_identity(backend: str | None, model: Path | None) -> str | None:
+    """Return what a job notes of the tower that it was told to compute tiles with; None where it was told nothing.
+
+    That is the backend, with `ModelInfo.tower` of a `model`: not where the model lies, but what it was made as. An
+    export in float32 adds nothing to its backend, and neither does the one that garserve makes of itself.
+    Raises OnnxError where the model is missing or broken.
+    """
+    if model is None:
+        return backend
+    return f"{backend or 'onnx'} {read_info(model).tower}".rstrip()
+
+
 def describe_job(
     preparation: Preparation, filters: Filters, *, each_region: bool, vision: str | None = None
 ) -> dict[str, Any]:
-    """Return what texts depend on; filters count where they decide which regions share a prompt."""
+    """Return what texts depend on; filters count where they decide which regions share a prompt.
+
+    `vision` is a `vision_identity`.
+    """
     folder = Path(preparation.folder)
     processor = preparation.processor()
     job: dict[str, Any] = {

@@ -108,9 +108,10 @@ def latency(
         raise GarserveError(f"latency: {unnamed:.1%} of the time is in no stage, limit {_UNNAMED:.0%}: no figures")
     ran = runtime(engine)
     rows = _stage_rows(lines, engine.processor.config, ran)
+    rows.append({"stage": "TTFT", "milliseconds": 1e3 * median(line.ttft for line in lines)})
+    if gaps := [gap for line in lines for gap in line.itl]:  # answers of one token have none
+        rows.append({"stage": "ITL", "milliseconds": 1e3 * median(gaps)})
     rows += [
-        {"stage": "TTFT", "milliseconds": 1e3 * median(line.ttft for line in lines)},
-        {"stage": "ITL", "milliseconds": 1e3 * median(gap for line in lines for gap in line.itl or [0.0])},
         {"stage": "E2E", "milliseconds": 1e3 * median(line.e2e for line in lines), "share": 1.0},
         {"stage": "front beyond preprocessing", "milliseconds": 1e3 * median(line.front for line in lines)},
     ]

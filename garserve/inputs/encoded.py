@@ -24,6 +24,7 @@ class EncodedImage:
     regions: torch.Tensor  # [R, n², C], in the order in which the regions were given
     checkpoint: str  # fingerprint of the vision half that computed them
     box_scale: str
+    tower: str = ""  # what computed them, where that is not the tower in torch or its equal (ModelInfo.tower)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "EncodedImage":
@@ -36,7 +37,11 @@ class EncodedImage:
                 if notes.get("format") != _FORMAT:
                     raise InputError(f"encoded image {path}: expected a file of `garserve encode`")
                 return cls(
-                    file.get_tensor("image"), file.get_tensor("regions"), notes["checkpoint"], notes["box_scale"]
+                    file.get_tensor("image"),
+                    file.get_tensor("regions"),
+                    notes["checkpoint"],
+                    notes["box_scale"],
+                    notes.get("tower", ""),
                 )
         except (SafetensorError, KeyError) as error:
             raise InputError(f"encoded image {path}: broken or truncated ({error})") from None
@@ -44,6 +49,7 @@ class EncodedImage:
     def save(self, path: Path) -> None:
         """Write a file, under another name until it is whole."""
         notes = {"format": _FORMAT, "checkpoint": self.checkpoint, "box_scale": self.box_scale}
+        notes |= {"tower": self.tower} if self.tower else {}
         partial = path.with_name(path.name + ".partial")
         tensors = {"image": self.image.contiguous(), "regions": self.regions.contiguous()}
         save_file(tensors, partial, metadata=notes)

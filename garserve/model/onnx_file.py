@@ -25,6 +25,18 @@ class ModelInfo:
     tolerance: float  # of the largest difference, relative to the largest value of the reference
     config: dict[str, Any]  # see garserve.model.fingerprint.vision_settings; a replay also has its box_scale
 
+    @property
+    def tower(self) -> str:
+        """What tells a vision model's features from those of the tower in torch beyond rounding; "" where nothing does.
+
+        "fp16", "bf16", "int8 dynamic"; of scales fixed by calibration, also what they cost, which tells them apart.
+        """
+        if self.dtype == "fp32":
+            return ""
+        activations = self.config.get("activations")
+        error = self.config.get("calibration_errors", {}).get("static") if activations == "static" else None
+        return " ".join(str(part) for part in (self.dtype, activations, error) if part is not None)
+
     def as_properties(self) -> dict[str, str]:
         """Return the fields as texts."""
         fields = {**vars(self), "config": json.dumps(self.config, sort_keys=True)}
