@@ -18,7 +18,11 @@ class Chat:
         self._begun = False
 
     def say(self, text: str | None = None) -> Answer:
-        """Say something and return the answer. Saying nothing first asks for the description of the one region."""
+        """Say something and return the answer. Saying nothing first asks for the description of the one region.
+
+        Texts call the regions `<Prompt0>`, `<Prompt1>`, … in their order; after a description, which is made in the
+        authors' form, its region is `<Prompt1>`. Raises RequestError for another name, and the chat can go on.
+        """
         request = self._request
         if not self._begun:
             request = replace(request, question=text)

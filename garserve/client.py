@@ -43,7 +43,8 @@ class Client(Requests):
     def ask(self, image: Any, regions: Sequence[Any], question: str | None = None, **options: Any) -> str:
         """Answer a question in which `<Prompt0>`, … name the regions; none: describe the one region.
 
-        `options` are fields of /v1/chat/completions, and `system` and `turns` ([role, text] pairs). Raises ServerError.
+        `options` are fields of /v1/chat/completions, and `system` and `turns` ([role, text] pairs, which call a region
+        that was described `<Prompt1>`). Raises ServerError.
         """
         found = self._post("/v1/chat/completions", self._ask(image, regions, question, options))
         return answer_text(found)

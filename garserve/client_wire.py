@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+_PNG = "data:image/png;base64,"
+
+
 def image_url(image: Any) -> str:
     """Return an image as the server takes it: a URL as it is; a path, bytes, a PIL image or an array as a data URL.
 
@@ -40,9 +43,9 @@ def region_json(region: Any) -> Any:
     """Return a region as the server takes it: JSON as it is; a Region, a mask array, a PIL image or a mask's path as
     JSON, masks as PNG data URLs. NumPy's numbers and arrays become JSON's, and bytes (pycocotools' counts) text.
 
-    Raises RegionError for what has no such form, and for a mask that is a file which cannot be read.
+    Raises RegionError for what has no such form, and for a mask that is a file or a data URL which cannot be read.
     """
-    if isinstance(region, dict) and ("mask" not in region or str(region["mask"]).startswith("data:")):
+    if isinstance(region, dict) and ("mask" not in region or _is_sent_mask(region)):
         with suppress(TypeError, ValueError):  # else Region.parse takes it, or says what is wrong with it
             return _plain(region)
     shape = Region.parse(region).shape
@@ -51,6 +54,11 @@ def region_json(region: Any) -> Any:
         return _plain(sent)
     except (TypeError, ValueError):
         raise RegionError(f"{shape.kind}: expected finite numbers, lists and text, got {sent!r:.80}") from None
+
+
+def _is_sent_mask(region: dict[str, Any]) -> bool:
+    """Say whether a mask is in the one form that the server takes; of another picture, or with a value, it is drawn."""
+    return set(region) == {"mask"} and isinstance(region["mask"], str) and region["mask"].startswith(_PNG)
 
 
 def _fields(shape: Shape) -> dict[str, Any]:
@@ -64,7 +72,7 @@ def _fields(shape: Shape) -> dict[str, Any]:
         size = {"width": 2 * shape.radius} if shape.joined else {"radius": shape.radius}
         return {"scribble" if shape.joined else "points": shape.points, **size}
     if isinstance(shape, MaskShape):
-        return {"mask": "data:image/png;base64," + base64.b64encode(_png(shape.array())).decode()}
+        return {"mask": _PNG + base64.b64encode(_png(shape.array())).decode()}
     raise RegionError(f"region: {type(shape).__name__} cannot be sent")
 
 

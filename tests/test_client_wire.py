@@ -140,6 +140,50 @@ def test_a_region_that_json_cannot_hold_is_refused_by_name(region: Any, message:
         region_json(region)
 
 
+@pytest.mark.parametrize(("kind", "value"), [("JPEG", None), ("PNG", 7), ("PNG", None)])
+def test_a_mask_in_a_data_url_is_sent_as_the_server_takes_it(kind: str, value: int | None) -> None:
+    """As a PNG of what is inside, where it is another picture, or one of labels."""
+    labels = np.zeros((12, 10), np.uint8)
+    labels[3:5, 2:7], labels[8:, 8:] = 200, 7
+    file = io.BytesIO()
+    Image.fromarray(labels).save(file, kind)
+    url = f"data:image/{kind.lower()};base64," + base64.b64encode(file.getvalue()).decode()
+    region = {"mask": url} if value is None else {"mask": url, "value": value}
+    sent = region_json(region)
+    assert list(sent) == ["mask"]
+    assert sent["mask"].startswith("data:image/png;base64,")
+    assert (sent == region) is (kind == "PNG" and value is None)
+    assert (Region.parse(sent).mask(12, 10) == Region.parse(region).mask(12, 10)).all()
+
+
+@pytest.mark.parametrize(
+    ("region", "message"),
+    [
+        ({"mask": "data:image/jpeg;base64,AAAA"}, "mask: image data URL: not an image"),
+        ({"mask": "data:image/png;base64,AAAA", "box": [0, 0, 9, 9]}, "exactly one of"),
+        ({"mask": "data:image/png;base64,AAAA", "value": "7"}, "mask: value: expected a number, got '7'"),
+    ],
+)
+def test_a_mask_that_cannot_be_drawn_is_refused_by_name(region: Any, message: str) -> None:
+    with pytest.raises(RegionError, match=message):
+        region_json(region)
+
+
+def test_every_body_says_that_it_is_json() -> None:
+    kinds: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        kinds.append(request.headers["Content-Type"])
+        return httpx.Response(200, content=lines())
+
+    with client(answer) as asked:
+        assert list(asked.stream_describe(PIXELS, BOX)) == list(asked.stream_ask(PIXELS, BOX)) == []
+        for ask in (asked.describe, asked.ask):
+            with pytest.raises(garserve.ServerError):
+                ask(PIXELS, BOX)
+    assert kinds == ["application/json"] * 4
+
+
 def test_json_goes_as_it_is() -> None:
     """What is wrong with it is the server's to say, for this one region only."""
     for region in ({"box": [1]}, {"other": "Ü"}, {"points": [[1, 2.5]], "radius": None}):

@@ -276,6 +276,16 @@ NAN = float("nan")
         (lambda: Region.from_rle({"size": [H, W], "counts": "\x01"}), "rle: counts: not COCO's compressed form"),
         (lambda: Region.from_rle({"size": [H, W], "counts": "P;é"}), "rle: counts: not COCO's compressed form at .* 2"),
         (lambda: Region.from_rle({"size": [H, W], "counts": [2400]}), "rle: covers no pixel"),
+        (
+            lambda: Region.from_rle({"size": [H, W], "counts": [1, -1, 2400]}),
+            "rle: counts: expected runs of 0 to 2400 pixels, got fewer at position 1",
+        ),
+        (  # numbers that Python reads, and whose sum it does not write
+            lambda: Region.from_rle({"size": [H, W], "counts": [int("9" * 4300)] * 2}),
+            "rle: counts: expected runs of 0 to 2400 pixels, got more at position 0$",
+        ),
+        (lambda: Region.from_rle({"size": [H, W], "counts": [-(10**5000)]}), "rle: counts: .* got fewer"),
+        (lambda: Region.from_rle({"size": [H, W], "counts": [2400, 2400]}), "runs of 2400 pixels in all, got 4800"),
         (lambda: Region.from_rle({"size": [H, W]}), "rle: expected"),
         (lambda: Region.from_points([]), "points: expected at least one point"),
         (lambda: Region.from_points([[100, 5]]), r"points: \[100, 5\] lies outside"),

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ pytest.importorskip("vllm", reason="vLLM is not installed (pip install garserve[
 
 from garserve.serving import answering
 from garserve.serving.errors import APIError, from_input, from_validation
+from garserve.serving.files import read_file
 from garserve.serving.refine import RefineRequest
 from garserve.serving.schemas import ChatRequest, DescribeRequest
+from tests.conftest import ROOT
 
 MANY = 20_000
 FIELDS = {f"f{n}": 1 for n in range(MANY)}
@@ -94,8 +97,56 @@ def test_a_body_is_refused_outside_the_event_loop(monkeypatch: pytest.MonkeyPatc
         return {"type": "http.request", "body": b"{}"}
 
     monkeypatch.setattr(answering, "from_validation", noted)
-    request = Request({"type": "http", "method": "POST", "headers": []}, receive)
+    headers = [(b"content-type", b"application/json")]
+    request = Request({"type": "http", "method": "POST", "headers": headers}, receive)
     with pytest.raises(APIError, match="image: Field required"):
         asyncio.run(answering.read_body(request, DescribeRequest))
     assert where != [threading.get_ident()]
     assert len(where) == 1
+
+
+def read(*kinds: bytes) -> DescribeRequest:
+    """A good body with these content types, none or one."""
+    from starlette.requests import Request
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b'{"image": "a"}'}
+
+    headers = [(b"content-type", kind) for kind in kinds]
+    request = Request({"type": "http", "method": "POST", "headers": headers}, receive)
+    return asyncio.run(answering.read_body(request, DescribeRequest))
+
+
+@pytest.mark.parametrize("kind", [b"application/json", b"Application/JSON; charset=utf-8", b"application/vnd.api+json"])
+def test_a_body_says_that_it_is_json(kind: bytes) -> None:
+    assert read(kind).image == "a"
+
+
+@pytest.mark.parametrize(
+    ("kinds", "got"),
+    [((), "none"), ((b"",), "none"), ((b"; q=1",), "none"), ((b"text/plain",), "'text/plain'")],
+)
+def test_a_body_that_any_page_could_send_is_refused(kinds: tuple[bytes, ...], got: str) -> None:
+    """Browsers send such a body to another site without asking it first: no header, or one of a form."""
+    with pytest.raises(APIError, match=f"content-type: expected application/json, got {got}$") as refused:
+        read(*kinds)
+    assert refused.value.status == 415
+
+
+def test_the_documents_requests_say_that_they_are_json() -> None:
+    found = [
+        line
+        for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.removeprefix("$ ").startswith("curl ") and " -d" in line
+    ]
+    assert len(found) > 3
+    assert not [line for line in found if "-H 'Content-Type: application/json'" not in line]
+
+
+@pytest.mark.parametrize("url", ["file://[x", "file://[x/a.jpg", "file://\u2100/a.jpg", "file://host/a", "file:///a?b"])
+def test_a_file_that_is_nowhere(url: str, tmp_path: Path) -> None:
+    """Half of an IPv6 address, and a letter that becomes a slash, among the hosts."""
+    with pytest.raises(APIError, match="image_url: expected file:///path") as refused:
+        read_file(url, tmp_path, 100)
+    assert refused.value.status == 400

@@ -190,6 +190,60 @@ def test_a_description_gives_its_room_back_however_it_ends(processor: Processor,
     asyncio.run(some())
 
 
+class Slow(Engine):
+    """Answers about the first region that it is asked about, and about no other before it is let."""
+
+    async def generate(self, *_: Any) -> AsyncIterator[Any]:
+        if self.asked == 0:
+            self.let.set()
+        else:
+            self.let.clear()
+        async for output in super().generate():
+            yield output
+
+
+@pytest.mark.parametrize("version", ["2.0", "2.4"])
+@pytest.mark.parametrize("stuck_at", ["http.response.start", "http.response.body"])
+def test_a_description_of_which_nothing_is_taken_leaves_nothing_in_work(
+    processor: Processor, version: str, stuck_at: str
+) -> None:
+    """Wherever its client stalls: before any event has been asked for, too."""
+    from fastapi import FastAPI
+
+    from garserve.serving import describe
+    from garserve.serving.admission import Admission
+    from garserve.serving.gate import Gate
+    from garserve.serving.settings import Settings
+
+    job, own = description(processor, Slow(), 5)
+    body = job._body.model_copy(update={"stream": True}).model_dump_json().encode()
+    admission, app = Admission(1), FastAPI()
+    app.state.garserve = own
+    app.include_router(describe.router)
+    app.add_middleware(Gate, settings=Settings(send_seconds=0.05), admission=admission)
+    parts = [{"type": "http.request", "body": body}]
+
+    async def receive() -> dict[str, Any]:
+        if not parts:
+            await asyncio.Event().wait()
+        return parts.pop()
+
+    async def send(message: Any) -> None:
+        if message["type"] == stuck_at:
+            await asyncio.Event().wait()
+
+    async def ask() -> None:
+        scope: dict[str, Any] = {"type": "http", "method": "POST", "path": "/v1/regions/describe", "query_string": b""}
+        scope |= {"headers": [(b"content-type", b"application/json")], "asgi": {"spec_version": version}}
+        await asyncio.wait_for(app(scope, receive, send), 60)
+        assert scope["garserve.facts"]["stalled"]
+        assert (own.region_places._value, own.preparer._budget.held, admission.in_work) == (3, 0, 0)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        own.preparer.close()
+
+    asyncio.run(ask())
+
+
 def test_variables_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     from garserve.errors import RequestError
     from garserve.serving.settings import Settings

@@ -77,8 +77,9 @@ def load_with_alpha(
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_] | None]:
     """Read an image whose alpha channel marks something: RGB uint8 [H, W, 3] as it lies below it, and bool [H, W].
 
-    The mask is where alpha is not 0; None where there is no alpha, or it is opaque everywhere. Then the image is what
-    `load_image` returns. Both are upright. Raises ImageError as `load_image` does.
+    The mask is what is not fully transparent; None where nothing is fully transparent: as in masks, a soft edge or one
+    pixel that is not quite opaque marks nothing. Then the image is what `load_image` returns. Both are upright.
+    Raises ImageError as `load_image` does.
     """
     file, name = _open_bytes(source)
     with file:
@@ -89,7 +90,7 @@ def _split_alpha(image: Image.Image, name: str, max_pixels: int) -> tuple[NDArra
     upright = _upright(image)
     if "A" not in upright.getbands() and "transparency" in upright.info:
         upright = upright.convert("RGBA")
-    if "A" not in upright.getbands() or upright.getchannel("A").getextrema()[0] == 255:
+    if "A" not in upright.getbands() or upright.getchannel("A").getextrema()[0] != 0:
         return _to_rgb(upright, name, max_pixels), None
     alpha = np.asarray(upright.getchannel("A"), dtype=np.uint8) != 0
     return np.array(upright.convert("RGBA").convert("RGB"), dtype=np.uint8), alpha

@@ -52,10 +52,7 @@ def stop_token_id(tokenizer: GARTokenizer) -> int:
 def assemble(request: RegionRequest, num_tiles: int, tokenizer: GARTokenizer, config: GARConfig) -> Prompt:
     """Assemble a checked request's prompt for an image of `num_tiles` tiles, the thumbnail counted."""
     single = request.question is None
-    if single:
-        names = [request.prompt_index if request.prompt_index is not None else min(1, config.prompt_count - 1)]
-    else:
-        names = request.listed()
+    names = [request.described_as(config.prompt_count)] if single else request.listed()
     preamble = region_preamble(names, single, tokenizer, config)
     question = DESCRIBE if request.question is None else request.question.rstrip()
     system = DEFAULT_SYSTEM if request.system is None else request.system.strip()

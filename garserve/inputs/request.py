@@ -30,6 +30,7 @@ class RegionRequest:
     are `<Prompt0>`, `<Prompt1>`, … in their order (the multi-region form). `focus` lists only some of the regions in
     the prompt, while the image is still encoded with all of them marked: requests that differ in `focus` or question
     share the image's encoding and its KV blocks. `turns` continue the conversation, the last one being the user's.
+    After a description they call its region as its prompt did, `<Prompt1>`.
 
     A question that names a region which the prompt does not list is refused, unless `check_names` is false: then the
     model is asked, and may say so itself.
@@ -85,11 +86,17 @@ class RegionRequest:
         if self.question is not None and self.prompt_index is not None:
             raise RequestError("prompt_index: only without a question; with one, regions are named in their order")
         self._check_focus(count)
-        self._check_names()
+        self._check_turns()
+        if self.check_names:
+            self._check_names(prompt_count)
 
     def listed(self) -> list[int]:
         """Return the positions in `regions` that the prompt lists; they are also the numbers K of their `<PromptK>`."""
         return list(self.focus) if self.focus is not None else list(range(self.region_count))
+
+    def described_as(self, prompt_count: int) -> int:
+        """Return the K of the `<PromptK>` that a description's prompt calls its region, of so many prompts."""
+        return self.prompt_index if self.prompt_index is not None else min(1, prompt_count - 1)
 
     def _check_sampling(self) -> None:
         if type(self.max_tokens) is not int or not 1 <= self.max_tokens <= _LONGEST:
@@ -102,7 +109,7 @@ class RegionRequest:
     def _check_single(self, count: int, prompt_count: int) -> None:
         if count != 1:
             raise RequestError(
-                f"question: {count} regions need one (such as 'How does <Prompt0> relate to <Prompt1>?')"
+                f"question: {count} regions need one, a question such as 'How does <Prompt0> relate to <Prompt1>?'"
             )
         if self.focus is not None:
             raise RequestError("focus: only with a question; without one there is a single region")
@@ -119,10 +126,7 @@ class RegionRequest:
         if len(set(self.focus)) != len(self.focus):
             raise RequestError(f"focus: names a region twice: {list(self.focus)}")
 
-    def _check_names(self) -> None:
-        single = self.question is None
-        names = {self.prompt_index if self.prompt_index is not None else 1} if single else set(self.listed())
-        given = [f"<Prompt{name}>" for name in sorted(names)]
+    def _check_turns(self) -> None:
         for position, turn in enumerate(self.turns):
             expected = "assistant" if position % 2 == 0 else "user"
             if turn.role != expected:
@@ -130,14 +134,18 @@ class RegionRequest:
             _check_text(f"turns[{position}]", turn.text, empty=turn.role == "assistant")
         if self.turns and self.turns[-1].role != "user":
             raise RequestError("turns: the last one must be the user's")
-        if not self.check_names:
-            return
+
+    def _check_names(self, prompt_count: int) -> None:
+        described = self.question is None
+        names = [self.described_as(prompt_count)] if described else sorted(set(self.listed()))
+        given = [f"<Prompt{name}>" for name in names]
+        told = "the region that was described is" if described else "the regions given are"
         texts = [("question", self.question or "")]
         texts += [(f"turns[{i}]", turn.text) for i, turn in enumerate(self.turns) if turn.role == "user"]
         for where, text in texts:
             for named in PROMPT_NAME.finditer(text):
                 if named[0] not in given:
-                    raise RequestError(f"{where}: names {named[0]:.40}, but the regions given are {', '.join(given)}")
+                    raise RequestError(f"{where}: names {named[0]:.40}, but {told} {', '.join(given)}")
 
 
 def _check_text(field: str, text: object, *, empty: bool = False) -> None:

@@ -12,7 +12,8 @@ from garserve.errors import RegionError
 def decode_rle(rle: Any, height: int, width: int) -> NDArray[np.bool_]:
     """Decode {"size": [height, width], "counts": str | bytes | list of runs} to a mask [height, width].
 
-    Raises RegionError where the size is not the image's, or the runs do not fill it exactly.
+    A run of 0 pixels is one, as COCO has it. Raises RegionError where the size is not the image's, or the runs do not
+    fill it exactly.
     """
     if not isinstance(rle, dict) or "size" not in rle or "counts" not in rle:
         raise RegionError(f'rle: expected {{"size": [height, width], "counts": ...}}, got {rle!r:.80}')
@@ -25,7 +26,7 @@ def decode_rle(rle: Any, height: int, width: int) -> NDArray[np.bool_]:
             f"rle: size: expected the image's [height, width] [{height}, {width}], got {rle['size']!r:.80}"
         )
     counts = rle["counts"]
-    runs = compressed_runs(counts) if isinstance(counts, str | bytes) else _runs_of_list(counts)
+    runs = compressed_runs(counts) if isinstance(counts, str | bytes) else _runs_of_list(counts, height * width)
     if sum(runs) != height * width:
         raise RegionError(f"rle: counts: expected runs of {height * width} pixels in all, got {sum(runs)}")
     encoded: dict[str, Any] = {"size": size, "counts": counts}
@@ -34,13 +35,19 @@ def decode_rle(rle: Any, height: int, width: int) -> NDArray[np.bool_]:
     return coco.decode(encoded).astype(np.bool_)
 
 
-def _runs_of_list(counts: Any) -> list[int]:
+def _runs_of_list(counts: Any, most: int) -> list[int]:
+    """Return the runs of a list, each of 0 to `most` pixels; RegionError where they are none.
+
+    What is refused is not repeated: Python writes no number of more than 4,300 digits.
+    """
     try:
         runs = [int(run) for run in counts]
     except (TypeError, ValueError, OverflowError):
         raise RegionError(f"rle: counts: expected a string or a list of whole numbers, got {counts!r:.80}") from None
-    if any(run < 0 for run in runs):
-        raise RegionError(f"rle: counts: expected runs of at least 0 pixels, got {min(runs)}")
+    for position, run in enumerate(runs):
+        if not 0 <= run <= most:
+            got = "fewer" if run < 0 else "more"
+            raise RegionError(f"rle: counts: expected runs of 0 to {most} pixels, got {got} at position {position}")
     return runs
 
 

@@ -5,9 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from garserve.serving import metrics
-from garserve.serving.errors import APIError
-
-RETRY_SECONDS = 1
+from garserve.serving.errors import RETRY_SECONDS, APIError
 
 
 class Admission:

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -11,13 +11,13 @@ from pydantic_core import from_json
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
-from vllm.exceptions import RetryableRequestError, VLLMClientError
+from vllm.exceptions import GracefulHTTPError, RetryableRequestError, VLLMClientError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from garserve.errors import InputError, first_line
 from garserve.serving import metrics
 from garserve.serving.decoding import CutOffError
-from garserve.serving.errors import APIError, cut_off, engine_dead, from_input, from_validation, internal
+from garserve.serving.errors import APIError, cut_off, engine_dead, from_input, from_validation, internal, not_admitted
 from garserve.serving.logs import logger
 from garserve.serving.service import note, request_id
 
@@ -29,9 +29,12 @@ DONE = "data: [DONE]\n\n"
 
 async def read_body(request: Request, model: type[_Model]) -> _Model:
     """Return the JSON body as a model. Raises APIError: 415 for another type, 400 for what the model refuses."""
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    # Also where none is said: that is what a page of any site can send to a server on the machine of its reader, while
+    # for JSON's type browsers ask the server first.
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
-        raise APIError(415, f"content-type: expected application/json, got {kind!r:.60}", code="content_type")
+        got = f"{kind!r:.60}" if kind else "none"
+        raise APIError(415, f"content-type: expected application/json, got {got}", code="content_type")
     return await asyncio.to_thread(parsed, await request.body(), model)
 
 
@@ -58,6 +61,8 @@ def as_api_error(error: Exception, request: Request) -> APIError:
         return cut_off()
     if isinstance(error, RetryableRequestError | EngineDeadError):
         return engine_dead()
+    if isinstance(error, GracefulHTTPError):
+        return not_admitted(int(error.http_status), first_line(error)[:300])
     if isinstance(error, VLLMClientError):
         return APIError(400, first_line(error)[:300], param=getattr(error, "parameter", None))
     logger.error("request failed", exc_info=error, extra={"fields": {"request_id": request_id(request)}})
@@ -108,10 +113,19 @@ def deadline_in(seconds: float) -> float | None:
     return asyncio.get_running_loop().time() + seconds if seconds else None
 
 
-def stream_response(request: Request, events: AsyncIterator[str], deadline: float | None) -> StreamingResponse:
-    """Answer with events; an error on the way is the last one before [DONE], since the status has been sent."""
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return _ClosingResponse(_guarded(request, events, deadline), media_type="text/event-stream", headers=headers)
+def stream_response(
+    request: Request,
+    events: AsyncIterator[str],
+    deadline: float | None,
+    *,
+    on_end: Callable[[], Awaitable[None]] | None = None,
+) -> StreamingResponse:
+    """Answer with events; an error on the way is the last one before [DONE], since the status has been sent.
+
+    `on_end` is awaited when the answer has ended, also where no event was ever asked for: a generator that has not
+    begun cleans up nothing.
+    """
+    return _ClosingResponse(_guarded(request, events, deadline), on_end)
 
 
 class _ClosingResponse(StreamingResponse):
@@ -119,12 +133,21 @@ class _ClosingResponse(StreamingResponse):
 
     body_iterator: AsyncGenerator[str]
 
+    def __init__(self, events: AsyncGenerator[str], on_end: Callable[[], Awaitable[None]] | None) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._on_end = on_end
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self.body_iterator.aclose()
+            try:
+                await self.body_iterator.aclose()
+            finally:
+                if self._on_end is not None:
+                    await self._on_end()
 
 
 async def _guarded(request: Request, events: Any, deadline: float | None) -> AsyncGenerator[str]:

@@ -1,5 +1,6 @@
 """POST /v1/chat/completions: OpenAI's chat with regions, on vLLM's own serving class."""
 
+import re
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from copy import copy
@@ -31,6 +32,7 @@ from garserve.vllm_plugin.items import engine_input
 router = APIRouter(route_class=Route)
 _PASSED_ON = ("top_p", "seed", "n", "stop", "presence_penalty", "frequency_penalty", "logprobs", "top_logprobs")
 
+_OF_TURNS = re.compile(r"(system|question|turns)(?:\[(\d+)\])?: ")  # what RegionRequest calls parts of a conversation
 _VLLM_ERROR = 'data: {"error":'  # how vLLM's chat stream tells of an exception; its chunks begin with their id
 
 
@@ -87,7 +89,8 @@ async def chat_completions(raw_request: Request) -> Response:
     """Answer the last message of a conversation about the regions of one image.
 
     The first message of the user holds the image and its regions, which texts call `<Prompt0>`, `<Prompt1>`, …. Without
-    any text, the one region is described. Tokens are the most probable ones unless `temperature` says otherwise.
+    any text, the one region is described, and later texts call it `<Prompt1>`. Tokens are the most probable ones unless
+    `temperature` says otherwise.
     """
     own = service(raw_request)
     body = await read_body(raw_request, ChatRequest)
@@ -123,9 +126,23 @@ async def _prepare(own: Service, body: ChatRequest) -> PreparedRequest:
         check_count(given, own.prompt_count)
     async with own.preparer.picture(image.image_url.url, alpha=given is None) as picture:
         regions = own.preparer.regions(given, picture, own.prompt_count)
-        prepared = await own.preparer.run(own.preparer.prepare, picture, regions, **fields)
+        try:
+            prepared = await own.preparer.run(own.preparer.prepare, picture, regions, **fields)
+        except RequestError as error:
+            raise _of_messages(error, first=int("system" in fields)) from None
     own.check_length(len(prepared.token_ids), "messages")
     return prepared
+
+
+def _of_messages(error: RequestError, first: int) -> RequestError:
+    """Return what is said of a question or its turns as said of the messages, of which `first` has the question."""
+    found = _OF_TURNS.match(str(error))
+    if found is None:
+        return error
+    field, turn = found.groups()
+    place = {"system": 0, "question": first}.get(field, first + 1 + int(turn or 0))
+    where = "messages" if found[0] == "turns: " else f"messages[{place}]"
+    return RequestError(f"{where}: {str(error)[found.end() :]}")
 
 
 def _conversation(own: Service, body: ChatRequest) -> tuple[ImagePart, list[Any] | None, dict[str, Any]]:

@@ -47,7 +47,7 @@ async def describe_regions(raw_request: Request) -> Response:
     job = _Job(own, body, raw_request)
     if body.stream:
         first = await attended(raw_request, job.begin(), deadline)
-        return stream_response(raw_request, job.events(first), deadline)
+        return stream_response(raw_request, job.events(first), deadline, on_end=job.end)
     return JSONResponse(await attended(raw_request, job.whole(), deadline))
 
 
@@ -81,7 +81,7 @@ class _Job:
                 if "error" not in result:
                     return first
         except BaseException:
-            self._work.cancel()
+            await self.end()
             raise
         lowest = min(first, key=lambda result: int(result["index"]))
         raise APIError(400, lowest["error"]["message"], code=lowest["error"]["code"], param=lowest["error"]["param"])
@@ -119,9 +119,13 @@ class _Job:
                     raise result
                 yield result
         finally:
-            if self._work is not None:
-                self._work.cancel()
-                await asyncio.gather(self._work, return_exceptions=True)
+            await self.end()
+
+    async def end(self) -> None:
+        """Cancel what is in work, if anything is, and wait for its end."""
+        if self._work is not None:
+            self._work.cancel()
+            await asyncio.gather(self._work, return_exceptions=True)
 
     async def _open(self, stack: AsyncExitStack) -> tuple[Picture, list[Region | str]]:
         given, most = self._body.regions, self._own.settings.max_regions

@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse
 
 from garserve.errors import InputError
 
+RETRY_SECONDS = 1  # after which a client may try again
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -103,6 +104,11 @@ def internal() -> APIError:
 def cut_off() -> APIError:
     """A 503 for an answer that the engine ended before its end."""
     return APIError(503, "the answer was cut off; this server is going down", code="cut_off")
+
+
+def not_admitted(status: int, message: str) -> APIError:
+    """What vLLM's own limits of its queue refuse, with the status that it gives."""
+    return APIError(status, message, code="queue_full", headers={"Retry-After": str(RETRY_SECONDS)})
 
 
 def engine_dead() -> APIError:

@@ -15,8 +15,12 @@ def read_file(url: str, folder: Path | None, max_bytes: int) -> bytes:
     """
     if folder is None:
         raise APIError(400, "image_url: this server reads no file:// images", code="image_url")
-    parts = urlsplit(url)
-    if parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
+    try:
+        parts = urlsplit(url)
+        plain = parts.netloc in ("", "localhost") and not (parts.query or parts.fragment)
+    except ValueError:  # half of an IPv6 address for the host
+        plain = False
+    if not plain:
         raise APIError(400, "image_url: expected file:///path", code="image_url")
     refusal = APIError(400, "image_url: no such file below the folder that this server reads from", code="image_file")
     root = os.path.realpath(folder)

@@ -1,9 +1,11 @@
 """`garserve serve`: vLLM's own server with garserve's choices of arguments and the endpoint plugin in it."""
 
 import os
+import re
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,9 @@ from garserve.vllm_plugin.options import check_options
 
 PLUGIN = "garserve"
 ENGINE_LOST = 1
+_ENDPOINTS = "vllm.endpoint_plugins"
+_ASKING = ("lora_hf_hub_resolver",)  # downloads from the Hub, where VLLM_PLUGINS names it
+_PLUGIN_GROUP = re.compile(r"vllm\.\w+_plugins")  # vllm/plugins/__init__.py names them
 
 
 @dataclass(frozen=True)
@@ -65,10 +70,24 @@ def serve(launch: Launch) -> int:
 
 
 def _prepare_environment() -> None:
-    named = [name for name in os.environ.get("VLLM_PLUGINS", "").split(",") if name]
+    given = os.environ.get("VLLM_PLUGINS")
+    named = _installed_plugins() if given is None else [name for name in given.split(",") if name]
     os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*named, PLUGIN]))
     for name in KEY_VARIABLES:  # garserve's gate has them; vLLM's own would refuse in another shape
         os.environ.pop(name, None)
+
+
+def _installed_plugins() -> list[str]:
+    """Return the plugins that vLLM would load by itself: naming one of them is otherwise refusing all others.
+
+    What vLLM has only where it is named stays out: endpoint plugins, what shares a name with one, and `_ASKING`.
+    """
+    names: dict[str, None] = {}
+    for group in sorted(entry_points().groups):
+        if _PLUGIN_GROUP.fullmatch(group) and group != _ENDPOINTS:
+            names |= dict.fromkeys(entry.name for entry in entry_points(group=group))
+    closed = {*_ASKING, *(entry.name for entry in entry_points(group=_ENDPOINTS))}
+    return [name for name in names if name not in closed]
 
 
 def _arguments(launch: Launch, opened: Checkpoint, vision: Any) -> Namespace:

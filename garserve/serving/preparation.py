@@ -98,7 +98,7 @@ class Preparer:
         """
         if given is None:
             if picture.alpha is None:
-                raise RequestError("regions: missing; give regions, or an image whose alpha channel marks one")
+                raise RequestError("regions: missing; give regions, or an image that is fully transparent outside one")
             return [picture.alpha]
         check_count(given, most)
         return parse_regions(given, self.settings.max_points)

@@ -80,7 +80,8 @@ class ImagePart(Strict):
     type: Literal["image_url"]
     image_url: ImageURL
     regions: _Regions | None = Field(
-        None, description="`<Prompt0>`, `<Prompt1>`, … in this order. Without it, the alpha channel is the one region."
+        None,
+        description="`<Prompt0>`, `<Prompt1>`, … in this order. Without it, what is not fully transparent is the one.",
     )
 
 
@@ -195,7 +196,7 @@ class DescribeRequest(Strict):
         },
     )
     image: str = Field(min_length=1, description="data:…, or what the operator allows of http(s):// and file://")
-    regions: _Regions | None = Field(None, description="Without it, the alpha channel of the image is the one region.")
+    regions: _Regions | None = Field(None, description="Without it, what is not fully transparent is the region.")
     model: str | None = None
     stream: bool = Field(False, description="Server-sent events: pieces of captions, and each caption as it is done.")
     max_tokens: int = Field(256, ge=1, le=1_000_000)
