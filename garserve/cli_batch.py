@@ -127,6 +127,7 @@ def batch(
     Exit code: 0 all is answered, 1 some rows are errors, 2 nothing was begun (or a file beside the output could not be
     written at the end), 3 stopped early, 130 interrupted.
     """
+    from garserve.batch.identity import vision_identity
     from garserve.batch.limits import Limits, Stop
     from garserve.batch.prepare import Preparation
     from garserve.batch.progress import summary
@@ -155,7 +156,7 @@ def batch(
         workers=(1 if ray else min((os.cpu_count() or 2) // 2, 8)) if workers is None else workers,
         mix=mix,
         retry_errors=retry_errors,
-        vision=None if vision_backend is None and vision_model is None else f"{vision_backend} {vision_model}",
+        vision=vision_identity(vision_backend, vision_model),
     )
     targets = Targets(coco, parquet, metrics_file)
     targets.check(plan, ids)
@@ -168,6 +169,7 @@ def batch(
         targets.write(plan)
     numbers = {"output": str(output), **totals.as_json(), "stopped": stop.reason}
     targets.write_metrics(numbers)
+    _tell_unmet(totals, plan.filters)
     if as_json:
         typer.echo(json.dumps(numbers))
     else:
@@ -240,9 +242,7 @@ def _filters(
     wanted: frozenset[str] = frozenset()
     if ids is not None:
         try:
-            wanted = frozenset(
-                line.strip() for line in ids.read_text(encoding="utf-8-sig").splitlines() if line.strip()
-            )
+            wanted = frozenset(line.strip() for line in ids.read_text(encoding="utf-8-sig").split("\n") if line.strip())
         except (OSError, UnicodeDecodeError) as error:
             raise RequestError(f"--ids {ids}: cannot be read ({error})") from None
         if not wanted:
@@ -276,6 +276,12 @@ def _signals(stop: "Stop") -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _tell_unmet(totals: "Totals", filters: "Filters") -> None:
+    if unmet := totals.unmet:
+        told = f"{len(unmet)} of the {len(filters.ids)} ids never came up in the input, such as {min(unmet)!r:.80}"
+        status_console.print(f"[yellow]--ids:[/] {escape(told)}", soft_wrap=True)
 
 
 def _exit_code(stop: "Stop", totals: "Totals") -> int:

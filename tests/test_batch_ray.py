@@ -22,6 +22,7 @@ from garserve.batch.ledger import Ledger
 from garserve.batch.limits import Halt, Stop
 from garserve.batch.parts import Parts, read_manifest
 from garserve.batch.ray_cluster import Engines
+from garserve.batch.ray_input import Control
 from garserve.batch.ray_job import RayJob
 from garserve.batch.record import Record
 from garserve.batch.run import Plan, run_job
@@ -140,10 +141,7 @@ def test_a_job_whose_engines_cannot_be_loaded_stops_and_says_why(mini: Path, tmp
     assert read_manifest(out)["complete"] is False
 
 
-@needs_ray
 def test_engines_are_hopeless_when_none_of_them_starts() -> None:
-    from garserve.batch.ray_data import Control
-
     control = Control()
     for engine in "ab":
         control.starting(engine)

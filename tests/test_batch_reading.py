@@ -24,6 +24,7 @@ from garserve.batch.source import Format, Reading
 from garserve.batch.sources import detect, open_source
 from garserve.errors import RequestError
 from garserve.inputs.regions import Region
+from tests.batch_data import rows, run_echo
 from tests.conftest import write_lines
 
 BOX = {"box": [1, 1, 20, 20]}
@@ -332,6 +333,24 @@ def test_masks_of_openai_lines_lie_where_their_images_do(tmp_path: Path) -> None
     line = {"custom_id": "a", "body": {"messages": [{"role": "user", "content": content}], "regions": regions}}
     (record,) = open_source(write_lines(tmp_path / "in.jsonl", [line])).records()
     assert record.regions == ({"mask": str(tmp_path / "m.png")}, {"mask": PNG}, BOX)
+
+
+def test_no_tokens_at_all_are_refused_under_either_name(mini: Path, tmp_path: Path) -> None:
+    def line(name: str, **options: int) -> dict[str, Any]:
+        content = [{"type": "image_url", "image_url": {"url": "a.png"}}]
+        body = {"messages": [{"role": "user", "content": content}], "regions": [BOX], **options}
+        return {"custom_id": name, "body": body}
+
+    Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
+    lines = [line("new", max_completion_tokens=0), line("old", max_tokens=0)]
+    lines += [line("both", max_completion_tokens=0, max_tokens=9), line("good", max_completion_tokens=7, max_tokens=9)]
+    source = write_lines(tmp_path / "in.jsonl", list(lines))
+    assert [record.options["max_tokens"] for record in open_source(source).records()] == [0, 0, 0, 7]
+    run_echo(source, tmp_path / "out.jsonl", mini)
+    found = {row["id"]: row.get("error", "") for row in rows(tmp_path / "out.jsonl")}
+    assert found.pop("good") == ""
+    assert set(found) == {"new", "old", "both"}
+    assert all("max_tokens: expected at least 1" in error for error in found.values())
 
 
 def test_fields_that_are_nearly_a_category(tmp_path: Path) -> None:

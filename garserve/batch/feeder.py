@@ -71,6 +71,7 @@ class Feeder:
         """Read a selection; what is left of it is `scattered` where it does not follow what is answered."""
         self._selection, self._ledger, self._pool, self._events = selection, ledger, pool, events
         self._answered, self._telling = 0, not scattered  # a count so far says little of scattered ones
+        self.unmet: frozenset[str] = frozenset()  # ids that are asked for, of which the whole input has none
         self._room = threading.Semaphore(AHEAD)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="garserve-feeder", daemon=True)
@@ -113,7 +114,7 @@ class Feeder:
 
     def _bundles(self) -> Iterator[Bundle]:
         selection = replace(self._selection, source=_Until(self._selection.source, self._stopped.is_set))
-        for number, bundle in enumerate(selection.bundles(self._ledger, self._count)):
+        for number, bundle in enumerate(selection.bundles(self._ledger, self._count, self._miss)):
             if number == 0:
                 self._events.put(WorkFound())
             yield bundle
@@ -121,3 +122,7 @@ class Feeder:
 
     def _count(self, answered: int) -> None:
         self._answered += answered
+
+    def _miss(self, ids: frozenset[str]) -> None:
+        if not self._stopped.is_set():  # otherwise the input was not read to its end
+            self.unmet = ids

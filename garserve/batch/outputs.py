@@ -11,9 +11,10 @@ from typing import Any
 from garserve.batch.journal import read_rows
 from garserve.batch.record import id_text
 from garserve.batch.source import Format, check_input
-from garserve.batch.source_coco import items
+from garserve.batch.source_coco import annotation_id, items
 from garserve.batch.source_parquet import parquet_module
 from garserve.batch.sources import detect
+from garserve.batch.temporary import temporary_space
 from garserve.errors import GarserveError, RequestError
 
 _ROWS = 1000  # of a row group
@@ -105,6 +106,14 @@ class _Captions:
         self.count = 0
         self._source = source
         self._table = sqlite3.connect("")  # SQLite's own temporary file
+        try:
+            self._fill(output)
+        except BaseException:
+            self.close()
+            raise
+
+    @temporary_space()
+    def _fill(self, output: Path) -> None:
         columns = "id TEXT PRIMARY KEY, text TEXT, place TEXT, found INTEGER NOT NULL DEFAULT 0"
         self._table.execute(f"CREATE TABLE captions ({columns}) WITHOUT ROWID")
         rows = (
@@ -116,18 +125,23 @@ class _Captions:
 
     def annotations(self) -> Iterator[dict[str, Any]]:
         """Yield the annotations, those that were answered with their "caption"."""
-        places = ((key, place) for key, place, _ in self._keyed())
-        self._table.executemany("UPDATE captions SET found = 1 WHERE id = ? AND place = ?", places)
+        self._find()
         for key, place, one in self._keyed():
             text = self._take(key, place)
             self.count += text is not None
             yield one if text is None else {**one, "caption": text}
 
+    @temporary_space()
+    def _find(self) -> None:
+        places = ((key, place) for key, place, _ in self._keyed())
+        self._table.executemany("UPDATE captions SET found = 1 WHERE id = ? AND place = ?", places)
+
     def _keyed(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
         for number, one in enumerate(items(self._source, "annotations.item"), start=1):
-            key = one["id"] if isinstance(one.get("id"), str | int) else f"annotation-{number}"
-            yield id_text(key), f"annotation {number}", one
+            key = annotation_id(one)
+            yield id_text(f"annotation-{number}" if key is None else key), f"annotation {number}", one
 
+    @temporary_space()
     def _take(self, key: str, place: str) -> str | None:
         """Return an annotation's text, once; one that is found at no place any more goes to the first of its id."""
         which = "FROM captions WHERE id = ? AND (place = ? OR found = 0)"

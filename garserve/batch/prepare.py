@@ -98,6 +98,7 @@ class Preparer:
                     entries += [self._encoded(position, record)] if bundle.wanted[position] else []
                     continue
                 image = _image(record) if image is None else image
+                _check_size(record, image)
                 drawn.append(self._draw(position, record, image))
         size = min(self._how.group, self._processor.config.prompt_count) if drawn else 1
         for group in group_records(drawn, size, self._how.group_gap):
@@ -219,6 +220,14 @@ def _image(record: Record) -> NDArray[np.uint8]:
     except ImageError as error:
         name = record.image_name
         raise ImageError(str(error).replace("image bytes", name, 1) if name else str(error)) from None
+
+
+def _check_size(record: Record, image: NDArray[np.uint8]) -> None:
+    """Check that an image [H, W, 3] is as large as its source says: regions drawn on another one lie elsewhere."""
+    height, width = image.shape[:2]
+    if record.size is not None and tuple(record.size) != (width, height):
+        said = "x".join(map(str, record.size))
+        raise ImageError(f"image {record.image_name}: the file says {said}, the upright image is {width}x{height}")
 
 
 def image_content(image: ImageRef) -> str | bytes:

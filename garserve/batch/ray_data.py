@@ -19,11 +19,10 @@ from ray.data.datasource import ReadTask
 
 from garserve.batch.bundles import Bundle
 from garserve.batch.identity import checkpoint_digest
-from garserve.batch.journal import read_rows
-from garserve.batch.ledger import Ledger
+from garserve.batch.ray_input import pending
 from garserve.batch.run import Plan
 from garserve.batch.station import Station
-from garserve.batch.wire import bundle_messages, read_bundle
+from garserve.batch.wire import read_bundle
 from garserve.checkpoint import resolve
 from garserve.engine import Engine, load
 from garserve.errors import GarserveError
@@ -31,7 +30,6 @@ from garserve.errors import GarserveError
 WORK, ROW = "work", "row"
 _MESSAGES = arrow.list_(arrow.list_(arrow.large_binary()))  # of each bundle
 _EXIT_CODE = 70
-_STARTS = 3  # that an engine may die in, one after the other
 
 
 @dataclass(frozen=True)
@@ -53,43 +51,6 @@ class EngineChoice:
     def open(self) -> Engine:
         """Load the engine."""
         return load(self.checkpoint, self.backend, **self.options)  # type: ignore[arg-type]
-
-
-class Control:
-    """An actor that others ask whether to halt, and that knows which engines start and which do not."""
-
-    def __init__(self) -> None:
-        self._halted = False
-        self._starts: dict[str, int] = {}  # of each engine, since it last answered that it runs
-        self._failed: dict[str, str] = {}
-
-    def starting(self, engine: str) -> None:
-        """An engine is about to load."""
-        self._starts[engine] = self._starts.get(engine, 0) + 1
-
-    def started(self, engine: str) -> None:
-        """An engine runs."""
-        self._starts[engine] = 0
-        self._failed.pop(engine, None)
-
-    def failed(self, engine: str, why: str) -> None:
-        """An engine could not be loaded, after which Ray does not start it again."""
-        self._failed[engine] = why
-
-    def hopeless(self, engines: int) -> str | None:
-        """Return why none of so many engines will ever answer; None while one may."""
-        dying = [engine for engine, starts in self._starts.items() if starts > _STARTS and engine not in self._failed]
-        if len(self._failed) + len(dying) < engines:
-            return None
-        return next(iter(self._failed.values()), f"engines die while they start, {_STARTS + 1} times each")
-
-    def halt(self) -> None:
-        """From now on, nothing is begun."""
-        self._halted = True
-
-    def halted(self) -> bool:
-        """Say whether it was told to halt."""
-        return self._halted
 
 
 class PendingWork(Datasource):
@@ -117,28 +78,15 @@ class PendingWork(Datasource):
         return [ReadTask(self._read, metadata, schema, per_task_row_limit)]
 
     def _read(self) -> Iterator[arrow.Table]:
-        ledger = Ledger()
-        for path, size in self._known:
-            ledger.answered(read_rows(path, size))
-        for package in packed(self._plan.selection(self._plan.open_source()).bundles(ledger), self._records):
-            if ray.get(self._control.halted.remote()):
-                return
-            messages = [bundle_messages(bundle) for bundle in package]
+        control = self._control
+        for messages in pending(
+            self._plan,
+            self._known,
+            self._records,
+            halted=lambda: bool(ray.get(control.halted.remote())),
+            ended=lambda read: ray.get(control.reading_ended.remote(read)),
+        ):
             yield arrow.table({WORK: arrow.array([messages], _MESSAGES)})
-
-
-def packed(bundles: Iterator[Bundle], records: int) -> Iterator[list[Bundle]]:
-    """Yield bundles in packages with at least so many records that are wanted."""
-    package: list[Bundle] = []
-    count = 0
-    for bundle in bundles:
-        package.append(bundle)
-        count += sum(bundle.wanted)
-        if count >= records:
-            yield package
-            package, count = [], 0
-    if package:
-        yield package
 
 
 class RayStation:

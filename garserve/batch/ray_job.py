@@ -16,9 +16,11 @@ from garserve.batch.ledger import Ledger
 from garserve.batch.limits import Halt, Stop
 from garserve.batch.parts import Parts
 from garserve.batch.ray_cluster import Engines, Placement, cluster, ray_module
+from garserve.batch.ray_input import Control, Read
 from garserve.batch.rows import error_row
 from garserve.batch.run import Plan
 from garserve.batch.selection import Selection
+from garserve.batch.temporary import SpaceError
 from garserve.batch.totals import Totals
 from garserve.checkpoint import TINY
 from garserve.engine import Engine
@@ -100,7 +102,7 @@ class RayJob:
                     placement = stack.enter_context(cluster(self._engines, verbose=self._verbose))
                     with watch(self) if watch else nullcontext():
                         complete = self._passes(placement, description["checkpoint"])
-            except OutputError as error:
+            except (OutputError, SpaceError) as error:
                 self.stop.tell(str(error), Halt.now)
             except RequestError as error:  # the input, which is read again after each pass
                 if not self.totals.rows:
@@ -113,15 +115,22 @@ class RayJob:
         return self.totals
 
     def _passes(self, placement: Placement, digest: str) -> bool:
-        """Ask until everything has its row; what loses every engine that is asked becomes error rows."""
+        """Ask until everything has its row; what loses every engine that is asked becomes error rows.
+
+        Where the input was not read to its end, what is missing may never have been asked, and no row is written.
+        """
+        whole = False
         for number in range(_PASSES):
             records = max(self._plan.limits.in_flight // 2, 1) if number == 0 else 1
             with self.stop.watching():
-                self._pass(placement, digest, records)
+                whole = self._pass(placement, digest, records)
             if self.stop.halt:
                 return False
             if self._complete():
                 return True
+        if not whole:
+            self.stop.tell(f"Ray: what reads the input died, in {_PASSES} passes", Halt.now)
+            return False
         for bundle in self._missing():
             for record, wanted in zip(bundle.records, bundle.wanted, strict=True):
                 if wanted:
@@ -133,14 +142,18 @@ class RayJob:
         ledger = Ledger()
         try:
             ledger.answered(self._parts.rows())
-            yield from Selection.bundles(self._selection, ledger)
+            yield from Selection.bundles(self._selection, ledger, on_unmet=self._miss)
         finally:
             ledger.close()
+
+    def _miss(self, ids: frozenset[str]) -> None:
+        self.totals.unmet = ids
 
     def _complete(self) -> bool:
         return next(self._missing(), None) is None
 
-    def _pass(self, placement: Placement, digest: str, records: int) -> None:
+    def _pass(self, placement: Placement, digest: str, records: int) -> bool:
+        """Ask for what has no row yet, once; say whether the input was read to its end."""
         control, dataset = self._pipeline(placement, digest, records)
         tables: queue.Queue[Any] = queue.Queue(maxsize=8)
         over = threading.Event()
@@ -170,21 +183,31 @@ class RayJob:
                             self.stop.tell(f"Ray: no engine starts: {why}"[:_LINE], Halt.now)
                     continue
                 if table is None:
-                    return
+                    return self._was_read(ray_module().get(control.reading.remote()))
                 if isinstance(table, BaseException):
                     self.stop.tell(f"Ray: {_first_line(table)}", Halt.now)
-                    return
+                    return False
                 for row in table["row"].to_pylist():
                     self._take(json.loads(row))
+            return False
         finally:
             over.set()
+
+    def _was_read(self, read: Read) -> bool:
+        """Say whether a pass read the input to its end; stop the job, or raise RequestError, where that failed."""
+        if read.why is None or self.stop.halt:
+            return read.whole
+        if read.of_input:
+            raise RequestError(read.why)
+        self.stop.tell(f"the input could not be read on: {read.why}"[:_LINE], Halt.now)
+        return False
 
     def _pipeline(self, placement: Placement, digest: str, records: int) -> tuple[Any, Any]:
         ray = ray_module()
         from ray.data import ActorPoolStrategy, DataContext
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        from garserve.batch.ray_data import Control, EngineChoice, PendingWork, RayStation
+        from garserve.batch.ray_data import EngineChoice, PendingWork, RayStation
 
         context = DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False

@@ -40,6 +40,7 @@ class Record:
     options: Mapping[str, Any] = field(default_factory=dict)
     category: str | None = None
     area: float | None = None  # pixels, where the source says so
+    size: tuple[int, int] | None = None  # width and height of the upright image, where the source says so
     error: str | None = None
 
     @property

@@ -116,6 +116,6 @@ def run_job(
         with watch(job, feeder) if watch else nullcontext():
             job.run(feeder)
         totals.worker_deaths = pool.deaths
-        totals.total, totals.met = feeder.total, feeder.met
+        totals.total, totals.met, totals.unmet = feeder.total, feeder.met, feeder.unmet
         totals.seconds = totals.elapsed()
     return totals

@@ -33,16 +33,24 @@ class Selection:
         """Records that pass the filters, where known."""
         return None if self.split_regions else self.filters.expected(self.source.total)
 
-    def bundles(self, ledger: Ledger, on_answered: Callable[[int], None] = lambda _: None) -> Iterator[Bundle]:
-        """Yield what is not answered yet; `on_answered` is told how many records are, whenever it comes to some.
+    def bundles(
+        self,
+        ledger: Ledger,
+        on_answered: Callable[[int], None] = lambda _: None,
+        on_unmet: Callable[[frozenset[str]], None] = lambda _: None,
+    ) -> Iterator[Bundle]:
+        """Yield what is not answered yet.
 
-        RequestError where the input has no request at all, no category that is asked for, or another request under an
-        answered id.
+        `on_answered` is told how many records are, whenever it comes to some; `on_unmet`, at the end of an input that
+        no limit cut short, which of the ids that the filters ask for it does not have.
+        RequestError where the input has no request at all, no category or none of the ids that are asked for, or
+        another request under an answered id.
         """
         records = _found(self.source, self.filters)
         if self.split_regions:
             records = each_region(records)
-        chosen = self.filters.of(_once(records, ledger), self.folders)
+        known = _meeting(_once(records, ledger), self.filters.ids, self.source.path, on_unmet)
+        chosen = self.filters.of(known, self.folders)
         checked = chosen if self.mix else _unchanged(chosen, ledger)
         for of_image in gather(checked, group=self.group):
             wanted = tuple(ledger.digest(record.key) is None for record in of_image)
@@ -68,6 +76,19 @@ def _found(source: Source, filters: Filters) -> Iterator[Record]:
         raise RequestError(f"input {source.path}: cannot be read ({error.strerror or error})") from None
     if count == 0:
         raise RequestError(f"input {source.path}: expected a request, found none; is it of another --format?")
+
+
+def _meeting(
+    records: Iterator[Record], ids: frozenset[str], path: Path, on_unmet: Callable[[frozenset[str]], None]
+) -> Iterator[Record]:
+    """Pass records on; at their end, tell which ids were not among them, or raise RequestError where none was."""
+    unmet = set(ids)
+    for record in records:
+        unmet.discard(str(record.key))
+        yield record
+    if ids and len(unmet) == len(ids):
+        raise RequestError(f"--ids: none of the {len(ids)} ids came up in {path}, such as {min(unmet)!r:.80}")
+    on_unmet(frozenset(unmet))
 
 
 def _unchanged(records: Iterator[Record], ledger: Ledger) -> Iterator[Record]:

@@ -9,20 +9,37 @@ import json
 import math
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import ijson
 
-from garserve.batch.record import Record
+from garserve.batch.record import Id, Record
 from garserve.batch.source import Reading, check_local, located
+from garserve.batch.temporary import temporary_space
 from garserve.errors import InputError, RequestError
 
 _TABLES = """
-CREATE TABLE images (id TEXT PRIMARY KEY, name TEXT, spare TEXT);
+CREATE TABLE images (id TEXT PRIMARY KEY, name TEXT, spare TEXT, size TEXT, shared INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE annotations (number INTEGER PRIMARY KEY, image TEXT, data TEXT);
 """
+_ADD_IMAGE = """
+INSERT INTO images (id, name, spare, size) VALUES (?, ?, ?, ?)
+ON CONFLICT (id) DO UPDATE SET shared = 1 WHERE name IS NOT excluded.name
+"""
+_ANNOTATIONS = """
+SELECT annotations.number, annotations.data, images.name, images.spare, images.size, images.shared
+FROM annotations LEFT JOIN images ON images.id = annotations.image ORDER BY images.rowid, annotations.number
+"""
+
+
+class _Image(NamedTuple):
+    """What an annotation's image is called, and where it lies."""
+
+    name: str
+    path: str
 
 
 class CocoSource:
@@ -35,22 +52,29 @@ class CocoSource:
         self._folders = image_folders(path, reading)
 
     def records(self) -> Iterator[Record]:
-        """Yield every annotation; RequestError where the file is not COCO's JSON."""
+        """Yield every annotation; RequestError where the file is not COCO's JSON, SpaceError where no table fits."""
         table = sqlite3.connect("")  # SQLite's own temporary file; it is gone with the connection
         try:
-            categories = self._fill(table)
-            (self.total,) = table.execute("SELECT count(*) FROM annotations").fetchone()
-            rows = table.execute(
-                "SELECT annotations.number, images.name, images.spare, annotations.data FROM annotations "
-                "LEFT JOIN images ON images.id = annotations.image ORDER BY images.rowid, annotations.number"
-            )
-            last, image = None, ""
-            for number, name, spare, data in rows:
-                if name and name != last:  # annotations come image by image
-                    last, image = name, self._located(name, spare)
-                yield self._record(number, name, image, json.loads(data), categories)
+            with temporary_space():
+                yield from self._annotations(table)
         finally:
             table.close()
+
+    def _annotations(self, table: sqlite3.Connection) -> Iterator[Record]:
+        categories = self._fill(table)
+        (self.total,) = table.execute("SELECT count(*) FROM annotations").fetchone()
+        image = _Image("", "")
+        for number, data, name, spare, size, shared in table.execute(_ANNOTATIONS):
+            place, annotation = f"annotation {number}", json.loads(data)
+            if shared or not name:
+                known = f"{annotation.get('image_id')!r:.80}"
+                wrong = f"two images have the id {known}" if shared else f"no image {known} in {self.path.name}"
+                yield Record(place, annotation_id(annotation), error=f"image_id: {wrong}")
+                continue
+            if name != image.name:  # annotations come image by image
+                image = _Image(name, self._located(name, spare))
+            record = _record(place, image, annotation, categories)
+            yield record if size is None else replace(record, size=tuple(json.loads(size)))
 
     def _located(self, name: str, spare: str | None) -> str:
         path = located(name, self._folders)
@@ -61,45 +85,37 @@ class CocoSource:
 
     def _fill(self, table: sqlite3.Connection) -> dict[str, str]:
         table.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;" + _TABLES)
-        table.executemany(
-            "INSERT OR IGNORE INTO images VALUES (?, ?, ?)",
-            ((json.dumps(one.get("id")), *_file_names(one)) for one in items(self.path, "images.item")),
-        )
+        table.executemany(_ADD_IMAGE, map(_image_row, items(self.path, "images.item")))
         used: set[str] = set()  # ids of categories
 
         def annotations() -> Iterator[tuple[int, str, str]]:
             for number, one in enumerate(items(self.path, "annotations.item"), start=1):
-                used.add(json.dumps(one.get("category_id")))
-                yield number, json.dumps(one.get("image_id")), json.dumps(one)
+                used.add(_key(one.get("category_id")))
+                yield number, _key(one.get("image_id")), json.dumps(one)
 
         table.executemany("INSERT INTO annotations VALUES (?, ?, ?)", annotations())
         table.execute("CREATE INDEX by_image ON annotations (image, number)")
-        names = {json.dumps(one.get("id")): str(one.get("name")) for one in items(self.path, "categories.item")}
+        names = {_key(one.get("id")): str(one.get("name")) for one in items(self.path, "categories.item")}
         self.categories = frozenset(names.values()) | {str(json.loads(one)) for one in used - names.keys() - {"null"}}
         return names
 
-    def _record(
-        self, number: int, name: str | None, image: str, data: dict[str, Any], categories: dict[str, str]
-    ) -> Record:
-        place = f"annotation {number}"
-        identity = data.get("id") if isinstance(data.get("id"), str | int) else None
-        if not name:
-            return Record(place, identity, error=f"image_id: no image {data.get('image_id')!r:.80} in {self.path.name}")
-        try:
-            check_local("file_name", name)
-            region = annotation_region(data)
-        except InputError as error:
-            return Record(place, identity, image_name=image, error=str(error))
-        known = data.get("category_id")
-        return Record(
-            place=place,
-            id=identity,
-            image=image,
-            image_name=image,
-            regions=(region,),
-            category=categories.get(json.dumps(known), None if known is None else str(known)),
-            area=stated_area(data),
-        )
+
+def _record(place: str, image: _Image, data: dict[str, Any], categories: Mapping[str, str]) -> Record:
+    try:
+        check_local("file_name", image.name)
+        region = annotation_region(data)
+    except InputError as error:
+        return Record(place, annotation_id(data), image_name=image.path, error=str(error))
+    known = _key(data.get("category_id"))
+    return Record(
+        place=place,
+        id=annotation_id(data),
+        image=image.path,
+        image_name=image.path,
+        regions=(region,),
+        category=categories.get(known, None if known == "null" else str(json.loads(known))),
+        area=stated_area(data),
+    )
 
 
 def items(path: Path, prefix: str) -> Iterator[dict[str, Any]]:
@@ -142,6 +158,32 @@ def stated_area(data: dict[str, Any]) -> float | None:
         return None
 
 
+def stated_size(image: Any) -> tuple[int, int] | None:
+    """Return the width and height that an image's description states; None where they are no sides of an image."""
+    if not isinstance(image, dict):
+        return None
+    width, height = _whole(image.get("width")), _whole(image.get("height"))
+    return None if width is None or height is None or min(width, height) < 1 else (width, height)
+
+
+def annotation_id(data: Mapping[str, Any]) -> Id | None:
+    """Return an annotation's id where it is a text or a whole number, which may be written as 7.0."""
+    identity = data.get("id")
+    return identity if isinstance(identity, str) else _whole(identity)
+
+
+def _whole(value: Any) -> int | None:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _key(value: Any) -> str:
+    """Return an id as what it is found by: 7 and 7.0 are one."""
+    whole = _whole(value)
+    return json.dumps(value if whole is None else whole)
+
+
 def image_folders(path: Path, reading: Reading) -> list[Path]:
     """Where images of an annotation file may lie: as told, or beside it, in images/, in COCO's val2017/, or above."""
     if reading.images is not None:
@@ -150,6 +192,11 @@ def image_folders(path: Path, reading: Reading) -> list[Path]:
     beside, above = path.parent, Path(os.path.normpath(path.parent / ".."))
     near = [beside, beside / "images", above / split, above / "images" / split, above, above / "images"]
     return [folder for folder in near if os.path.isdir(folder)]
+
+
+def _image_row(image: dict[str, Any]) -> tuple[str, str | None, str | None, str | None]:
+    size = stated_size(image)
+    return _key(image.get("id")), *_file_names(image), None if size is None else json.dumps(size)
 
 
 def _file_names(image: dict[str, Any]) -> tuple[str | None, str | None]:

@@ -6,7 +6,7 @@ A mask of one value is one region. A palette picture, or a grey one of several v
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from garserve.batch.source import Reading
 from garserve.errors import InputError, RequestError
 from garserve.inputs.images import load_mask
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+# Of all that is opened as an image (inputs.images.FORMATS).
+SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+SUFFIXES |= {".avif", ".ppm", ".pgm", ".pbm", ".pnm"}
 _VOID = 255
 
 
@@ -34,7 +36,7 @@ class FolderSource:
         self._masks = reading.masks or (inner if inner.is_dir() else self._images)
 
     def records(self) -> Iterator[Record]:
-        """Yield every region, picture by picture in the order of their names."""
+        """Yield every region, picture by picture in the order of their names; then masks that have no picture."""
         names = [name for name in os.listdir(self._images) if os.path.splitext(name)[1].lower() in SUFFIXES]
         images = [self._images / name for name in sorted(names) if os.path.isfile(self._images / name)]
         stems = Counter(image.stem for image in images)
@@ -45,6 +47,14 @@ class FolderSource:
             elif stems[image.stem] == 1:  # otherwise it is the mask of the picture beside it
                 error = "mask: expected a PNG of this name beside a picture of another format, or in masks/ (--masks)"
                 yield Record(image.name, image.stem, image_name=os.path.abspath(image), error=error)
+        if self._masks != self._images:
+            yield from self._without_picture(stems)
+
+    def _without_picture(self, stems: Container[str]) -> Iterator[Record]:
+        for name in sorted(os.listdir(self._masks)):
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() == ".png" and stem not in stems and not name.startswith("."):
+                yield Record(name, stem, error=f"image: no picture of this name in {self._images}")
 
     def _regions(self, image: Path, mask: Path) -> Iterator[Record]:
         place, name = image.name, os.path.abspath(image)

@@ -94,10 +94,11 @@ def _record(line: _Line, place: str, folder: Path) -> Record:
     regions = next((found for found in places if found is not None), None)
     if regions is None:
         raise RequestError("body: regions: missing; a request names the regions of its image")
+    most = line.body.max_completion_tokens
     image = _local(images[0].image_url.url, folder)
     options |= {
         "question": messages[0].text().strip() or None,
-        "max_tokens": line.body.max_completion_tokens or line.body.max_tokens,
+        "max_tokens": line.body.max_tokens if most is None else most,
         "temperature": line.body.temperature,
         "seed": line.body.seed,
     }

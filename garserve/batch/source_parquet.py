@@ -4,8 +4,10 @@
 """
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,7 @@ class ParquetSource:
             try:
                 for batch in self._opened(path).iter_batches(batch_size=_ROWS):
                     for row in batch.to_pylist():
-                        yield self._record(row, f"{path.stem} row {number}", f"{path.absolute()}::{number}")
+                        yield self._record(row, f"{path.stem} row {number}", f"{os.path.abspath(path)}::{number}")
                         number += 1
             except RequestError as error:
                 yield Record(path.name, error=str(error))
@@ -97,11 +99,15 @@ def _regions(value: Any) -> Any:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             raise RequestError(f"regions: not JSON ({error})") from None
-    return [_without_none(region) for region in value] if isinstance(value, list) else value
+    return _plain(value) if isinstance(value, list) else value
 
 
-def _without_none(value: Any) -> Any:
-    """Columns of structs have every field in every row; RLE counts may be bytes."""
+def _plain(value: Any) -> Any:
+    """Columns of structs have every field in every row; RLE counts may be bytes, and coordinates decimals."""
     if isinstance(value, dict):
-        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+        return {key: _plain(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, Decimal):
+        return float(value)
     return value.decode("ascii", "replace") if isinstance(value, bytes) else value

@@ -8,7 +8,7 @@ from typing import Any
 
 from garserve.batch.record import ImageRef, Record
 from garserve.batch.source import Reading, check_local, located
-from garserve.batch.source_coco import annotation_region, stated_area
+from garserve.batch.source_coco import annotation_id, annotation_region, stated_area, stated_size
 from garserve.errors import InputError
 
 
@@ -41,7 +41,7 @@ class Sa1bSource:
             yield Record(path.name, error=f"{path}: not the JSON of an SA-1B image ({type(error).__name__}: {error})")
             return
         image = located(name, [self._images or path.parent])
-        yield from annotation_records(annotations, path.stem, image, image)
+        yield from annotation_records(annotations, path.stem, image, image, stated_size(data["image"]))
 
 
 def annotation_files(folder: Path) -> Iterator[Path]:
@@ -49,18 +49,23 @@ def annotation_files(folder: Path) -> Iterator[Path]:
     return (path for path in folder.glob("*.json") if not path.name.endswith(".job.json"))
 
 
-def annotation_records(annotations: list[Any], place: str, image: ImageRef, name: str) -> Iterator[Record]:
-    """Yield a record for each annotation of an image, which rows call `name`; `place` is where the image stands."""
+def annotation_records(
+    annotations: list[Any], place: str, image: ImageRef, name: str, size: tuple[int, int] | None
+) -> Iterator[Record]:
+    """Yield a record for each annotation of an image, which rows call `name`.
+
+    `place` is where the image stands, `size` the width and height that are stated of it.
+    """
     for number, annotation in enumerate(annotations, start=1):
-        yield _record(annotation, f"{place} annotation {number}", image, name)
+        yield _record(annotation, f"{place} annotation {number}", image, name, size)
 
 
-def _record(annotation: Any, place: str, image: ImageRef, name: str) -> Record:
+def _record(annotation: Any, place: str, image: ImageRef, name: str, size: tuple[int, int] | None) -> Record:
     if not isinstance(annotation, dict):
         return Record(place, image_name=name, error=f"annotation: expected an object, got {annotation!r:.80}")
-    identity = annotation.get("id") if isinstance(annotation.get("id"), str | int) else None
+    identity = annotation_id(annotation)
     try:
         region = annotation_region(annotation)
     except InputError as error:
         return Record(place, identity, image_name=name, error=str(error))
-    return Record(place, identity, image, name, (region,), area=stated_area(annotation))
+    return Record(place, identity, image, name, (region,), area=stated_area(annotation), size=size)

@@ -6,6 +6,7 @@ It may also be what SA-1B says about an image. Shards are plain tar files, so th
 
 import base64
 import json
+import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO
 
 from garserve.batch.record import Member, Record
 from garserve.batch.source import Reading
+from garserve.batch.source_coco import stated_size
 from garserve.batch.source_folder import SUFFIXES
 from garserve.batch.source_jsonl import line_record
 from garserve.batch.source_sa1b import annotation_records
@@ -77,7 +79,7 @@ def _sample_name(member: tarfile.TarInfo) -> str:
 
 def _sample(shard: tarfile.TarFile, path: Path, name: str, members: list[tarfile.TarInfo]) -> Iterator[Record]:
     place = f"{path.stem}/{name}"
-    image, data = None, {}
+    image, data, masked = None, {}, {}
     for member in members:
         suffix = member.name[len(name) :].lower()
         if suffix == ".json":
@@ -88,13 +90,20 @@ def _sample(shard: tarfile.TarFile, path: Path, name: str, members: list[tarfile
                 return
         elif suffix == _MASK:
             mask = "data:image/png;base64," + base64.b64encode(_content(shard, member)).decode()
-            data = {"regions": [{"mask": mask}]} | data if isinstance(data, dict) else data
+            masked = {"regions": [{"mask": mask}]}
         elif suffix in SUFFIXES:
-            image = Member(str(path.absolute()), member.offset_data, member.size, member.name)
+            if image is not None:
+                both = f"{image.name} and {member.name}"
+                yield Record(place, place, error=f"two pictures: {both}; a mask is NAME{_MASK}")
+                return
+            image = Member(os.path.abspath(path), member.offset_data, member.size, member.name)
+    if isinstance(data, dict):
+        data = masked | data
     if image is None:
         yield Record(place, place, error=f"expected an image among {[member.name for member in members]!r:.120}")
     elif _is_sa1b(data):
-        yield from annotation_records(data["annotations"], place, image, f"{image.path}::{image.name}")
+        name = f"{image.path}::{image.name}"
+        yield from annotation_records(data["annotations"], place, image, name, stated_size(data["image"]))
     else:
         yield _record(data, place, image)
 

@@ -3,6 +3,7 @@
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from garserve.batch.bundles import Bundle
@@ -29,13 +30,17 @@ class Station:
         limits: Limits | None = None,
         workers: int = 0,
     ) -> None:
-        """Start the engine, and workers that prepare for it; an error of the engine's start is raised here."""
+        """Start the engine, and workers that prepare for it; an error of the engine's start is raised here.
+
+        Of the limits, `max_errors` is for whoever writes the rows of all stations to count.
+        """
+        endless = replace(limits or Limits(), max_errors=None)
         self._pool = WorkerPool(preparation, workers)
         self._preparing = threading.Lock()
         self._desk = _Desk()
         self._room = threading.Semaphore(AHEAD)
         self._ready: deque[Engine] = deque([open_engine()])
-        self._job = Job(lambda: self._ready.pop() if self._ready else open_engine(), self._desk, limits=limits)
+        self._job = Job(lambda: self._ready.pop() if self._ready else open_engine(), self._desk, limits=endless)
         self._job.events.put(WorkFound())
         self._thread = threading.Thread(target=self._run, name="garserve-station", daemon=True)
         self._thread.start()

@@ -14,6 +14,7 @@ class Totals:
     before: int = 0
     errors_before: int = 0  # of those
     met: int | None = None  # of those, records that the filters let through, as far as the input was read; if counted
+    unmet: frozenset[str] = frozenset()  # ids that were asked for, and that the input, read to its end, does not have
     rows: int = 0
     errors: int = 0
     regions: int = 0

@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from garserve.batch.bundles import Bundle
-from garserve.batch.record import Member, Record
+from garserve.batch.record import ImageRef, Member, Record
+
+_UNTOLD = (TypeError, ValueError, RecursionError)  # what JSON says of things that it has no form for
 
 
 def bundle_messages(bundle: Bundle) -> list[bytes]:
@@ -21,6 +23,23 @@ def bundle_messages(bundle: Bundle) -> list[bytes]:
     return [header, image] if isinstance(image, bytes) else [header]
 
 
+def told_messages(bundle: Bundle) -> list[bytes]:
+    """Return a bundle's messages, in which a record that no JSON can hold has become one with an error."""
+    try:
+        return bundle_messages(bundle)
+    except _UNTOLD:
+        return bundle_messages(replace(bundle, records=tuple(map(_told, bundle.records))))
+
+
+def _told(record: Record) -> Record:
+    try:
+        json.dumps([record.regions, dict(record.options)])
+    except _UNTOLD as error:
+        told = f"request cannot be handed to another process ({type(error).__name__}: {error})"
+        return replace(record, regions=(), options={}, error=told)
+    return record
+
+
 def has_image(header: bytes) -> bool:
     """Say whether an image follows a header."""
     image = json.loads(header)["image"]
@@ -33,5 +52,10 @@ def read_bundle(messages: Sequence[bytes]) -> Bundle:
     image = data["image"]
     if isinstance(image, dict):
         image = Member(**image["member"]) if "member" in image else messages[1]
-    records = [Record(**{**one, "image": image, "regions": tuple(one["regions"])}) for one in data["records"]]
-    return Bundle(tuple(records), tuple(data["wanted"]))
+    return Bundle(tuple(_record(one, image) for one in data["records"]), tuple(data["wanted"]))
+
+
+def _record(described: dict[str, Any], image: ImageRef) -> Record:
+    size = described["size"]
+    described |= {"regions": tuple(described["regions"]), "size": None if size is None else tuple(size)}
+    return Record(**{**described, "image": image})
