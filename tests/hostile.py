@@ -125,6 +125,7 @@ def _places(folder: Path) -> dict[str, Case]:
         "file that is a folder": image_case(f"file://{folder}", 400, none),
         "file that is a pipe": image_case(f"file://{pipe}", 400, none),
         "file on a host": image_case("file://evil/etc/passwd", 400, "expected file:///"),
+        "file on half an address": image_case("file://[x", 400, "expected file:///"),
         "file of processes": image_case("file:///proc/self/environ", 400, none),
     }
 
@@ -133,6 +134,7 @@ def _regions() -> dict[str, Case]:
     wide = [[x % 600, x % 400] for x in range(5_000)]
     small = data_url(np.zeros((4, 4), np.uint8))
     zigzag = [[(i % 2) * 600, i % 400] for i in range(9_000)]
+    long = f'{{"rle": {{"size": [400, 600], "counts": {[10**4300 - 1] * 2}}}}}'
     return {
         "10,000 regions": region_case([{"box": [0, 0, 9, 9]}] * 10_000, "expected 1 to 256, got 10000"),
         "no regions": region_case([], "expected 1 to 256, got 0"),
@@ -141,6 +143,7 @@ def _regions() -> dict[str, Case]:
         "infinite box": raw_region('{"box": [0, 0, Infinity, 9]}', "expected finite numbers"),
         "box of 1e400": raw_region('{"box": [0, 0, 1e400, 9]}', "regions"),
         "box of 1e308": region_case([{"box": [0, 0, 1e308, 1e308]}], "outside the 600x400 image"),
+        "runs of 4,300 digits": raw_region(long, "regions[0]: rle: counts: expected runs of 0 to 240000"),
         "box of a huge whole number": raw_region(f'{{"box": [0, 0, {"9" * 400}, 9]}}', "regions[0]: box: expected"),
         "box turned round": region_case([{"box": [90, 90, 10, 10]}], "expected x1 < x2"),
         "box of texts": region_case([{"box": ["0", "0", "9", "9"]}], "expected numbers"),
