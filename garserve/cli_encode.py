@@ -72,10 +72,8 @@ def encode(
     with status_console.status(f"Loading {checkpoint} ..."):
         exported = None if choice is None else open_vision(opened, choice)
         encoder = load_encoder(opened) if exported is None else RegionEncoder(config, vision=exported)
-        if exported is None:
-            encoder = _placed(encoder, device)
+        tower = _place(encoder, device, config.dtype) if exported is None else exported.info.tower
         encoder.tile_cache = TileCache(DEFAULT_GB if tile_cache_gb is None else tile_cache_gb)
-        tower = "" if exported is None else exported.info.tower
         files = FileEncoder(encoder, processor, vision_fingerprint(opened), output, tower=tower)
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=status_console) as progress:
@@ -106,13 +104,20 @@ def _check_gpu() -> None:
         torch.empty(1, device="cuda")
 
 
-def _placed(encoder: "RegionEncoder", device: str) -> "RegionEncoder":
+def _place(encoder: "RegionEncoder", device: str, dtype: str) -> str:
+    """Move a tower to where it computes, on a GPU in the checkpoint's dtype; return what its files say of it.
+
+    Features of another dtype than float32 are others, in files of other names.
+    """
+    import torch
+
     from garserve.model.device import has_gpu
 
     if device == "cpu" or (device == "auto" and not has_gpu()):
-        return encoder
+        return ""
     with _gpu_errors():
-        return encoder.to("cuda")
+        encoder.place("cuda", getattr(torch, dtype))
+    return "" if dtype == "float32" else f"torch {dtype}"
 
 
 @contextmanager

@@ -142,6 +142,14 @@ def test_stages_sum_to_the_whole(tiny: garserve.Engine) -> None:
     assert answer.token_ids == [token for token in timeline.token_ids if token != tiny.stop_id]
 
 
+def test_steps_that_a_gpu_replays_are_decoding() -> None:
+    """Of their model, only the logits have a span."""
+    spans = [Span(*one, "t") for one in (("vision", 1, 2), ("decoder", 3, 4), ("decoder", 9.25, 0.25))]
+    spans += [Span("engine step", 1, 6.5, "t"), Span("engine step", 8, 1.5, "t")]
+    found = latency._stages(spans, 7.5, 10.0, graphs=True)
+    assert (found["prefill"], found["decode"], found["engine"], found["between"]) == (4, 1.5, 0.5, 2)
+
+
 def test_stages_are_told_apart_by_the_first_token() -> None:
     spans = [Span(*one, "t") for one in (("preprocess", 0, 1), ("vision", 1, 2), ("decoder", 3, 4), ("decoder", 8, 1))]
     spans += [Span("engine step", 1, 6.5, "t"), Span("engine step", 8, 1.5, "t")]
@@ -281,13 +289,17 @@ def test_limits_are_of_what_ran(tiny: garserve.Engine, monkeypatch: pytest.Monke
     config = SimpleNamespace(vision_model="tower.onnx", vision_provider="CPUExecutionProvider")
     backend: Any = object.__new__(VLLMBackend)
     model_config = SimpleNamespace(dtype=torch.bfloat16, hf_config=config)
-    backend.driver = SimpleNamespace(engine=SimpleNamespace(vllm_config=SimpleNamespace(model_config=model_config)))
+    compilation = SimpleNamespace(cudagraph_mode=None)
+    vllm_config = SimpleNamespace(model_config=model_config, compilation_config=compilation)
+    backend.driver = SimpleNamespace(engine=SimpleNamespace(vllm_config=vllm_config))
     engine: Any = SimpleNamespace(backend=backend, processor=tiny.processor)
     monkeypatch.setattr(runtime_module, "read_info", lambda path: SimpleNamespace(dtype="fp32"))
     ran = runtime(engine)
     assert ran == Runtime("ONNX Runtime (CPUExecutionProvider), fp32", "float32", "bfloat16")
     config.vision_model = None
     assert runtime(engine) == Runtime("torch, bfloat16", "bfloat16", "bfloat16")
+    compilation.cudagraph_mode = SimpleNamespace(has_full_cudagraphs=lambda: True)
+    assert runtime(engine) == Runtime("torch, bfloat16", "bfloat16", "bfloat16", graphs=True)
 
     monkeypatch.setattr(
         latency, "peaks", lambda dtype: {"float32": Peaks(100.0, 1.0), "bfloat16": Peaks(7.0, 1.0)}[dtype]

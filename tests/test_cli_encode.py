@@ -54,6 +54,16 @@ def test_the_choice_of_a_tower_is_told_the_device(source: Path, monkeypatch: pyt
     assert told == [None if device == "auto" else device]
 
 
+@pytest.mark.parametrize(("dtype", "name"), [("bfloat16", "torch bfloat16"), ("float32", "")])
+def test_a_gpu_computes_in_the_checkpoint_s_dtype(monkeypatch: pytest.MonkeyPatch, dtype: str, name: str) -> None:
+    placed = []
+    monkeypatch.setattr("garserve.model.device.has_gpu", lambda: True)
+    encoder: Any = SimpleNamespace(place=lambda *where: placed.append(where))
+    assert cli_encode._place(encoder, "cpu", dtype) == ""
+    assert cli_encode._place(encoder, "auto", dtype) == cli_encode._place(encoder, "cuda", dtype) == name
+    assert placed == [("cuda", getattr(torch, dtype))] * 2
+
+
 def test_files_of_an_exported_tower_name_it(source: Path, monkeypatch: pytest.MonkeyPatch, mini: Path) -> None:
     config = Checkpoint.open(mini).config
 

@@ -230,5 +230,7 @@ def test_vllm_keeps_tiles_between_steps(vllm_engine: Engine, picture: np.ndarray
     assert 0 < after.computed - before.computed < tiles
     assert after.asked - before.asked >= tiles
     model = driver.call(lambda engine: engine.model_executor.driver_worker.get_model())
+    pool = model.encoder.tile_cache._pool
     driver.call(lambda engine: engine.collective_rpc("reload_weights"))
     assert not model.encoder.tile_cache._slots
+    assert model.encoder.tile_cache._pool is pool  # memory that vLLM has counted

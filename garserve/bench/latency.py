@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 
+import torch
+
 from garserve.bench.cost import decode_bytes, prefill_flops, replay_bytes, tile_flops
 from garserve.bench.machine import peaks
 from garserve.bench.result import Result, Row
@@ -45,7 +47,7 @@ class Timeline:
 def measure(engine: Engine, request: RegionRequest) -> tuple[Timeline, list[Span]]:
     """Answer one request alone, and return its timeline with the spans of its road."""
     reports: queue.SimpleQueue[tuple[float, Report]] = queue.SimpleQueue()
-    before = engine.tile_counts.computed
+    before, graphs = engine.tile_counts.computed, runtime(engine).graphs
     with recording() as spans:
         start = time.perf_counter()
         prepared = engine.processor(request)
@@ -65,7 +67,7 @@ def measure(engine: Engine, request: RegionRequest) -> tuple[Timeline, list[Span
         end = time.perf_counter()
         engine.tile_counts  # noqa: B018  (the engine's thread has left its last span when it answers)
     timeline = Timeline(
-        _stages(spans, arrivals[0], end - start),
+        _stages(spans, arrivals[0], end - start, graphs=graphs),
         arrivals[0] - start,
         [after - one for one, after in pairwise(arrivals)],
         end - start,
@@ -78,15 +80,18 @@ def measure(engine: Engine, request: RegionRequest) -> tuple[Timeline, list[Span
     return timeline, list(spans)
 
 
-def _stages(spans: Sequence[Span], first_token: float, whole: float) -> dict[str, float]:
-    """Sum the spans of each stage; `engine` is what a step does beside the model, `between` what no span names."""
+def _stages(spans: Sequence[Span], first_token: float, whole: float, *, graphs: bool = False) -> dict[str, float]:
+    """Sum the spans of each stage; `engine` is what a step does beside the model, `between` what no span names.
+
+    With `graphs`, whole steps after the first token are `decode`: the model in them has no span.
+    """
 
     def total(name: str, *, before: float = float("inf"), after: float = 0.0) -> float:
         return sum(one.seconds for one in spans if one.name == name and after <= one.start < before)
 
     found = {name: total(name) for name in ("preprocess", "hand over", "vision", "replay", "decode text")}
     found["prefill"] = total("decoder", before=first_token)
-    found["decode"] = total("decoder", after=first_token)
+    found["decode"] = total("engine step" if graphs else "decoder", after=first_token)
     model = sum(found[name] for name in ("vision", "replay", "prefill", "decode"))
     found["engine"] = total("engine step") - model
     found["between"] = whole - sum(found.values())
@@ -118,8 +123,10 @@ def latency(
     tokens = median(len(line.token_ids) for line in lines)
     described = f"{conditions}; {ran}; {len(lines)} requests one after the other, medians; {tokens:g} tokens an answer"
     described += f"; limits: measured peaks of {ran.tower_peak} for tiles, of {ran.dtype} for the rest"
-    note = f"stages sum to the whole within {unnamed:.2%} (between: what no span names)"
-    return Result("latency", described, rows, [note]), measured[-1][1]
+    notes = [f"stages sum to the whole within {unnamed:.2%} (between: what no span names)"]
+    if torch.cuda.is_available():
+        notes.append("each stage is waited for, so that the GPU never works ahead, as it does in throughput and serve")
+    return Result("latency", described, rows, notes), measured[-1][1]
 
 
 def _stage_rows(lines: Sequence[Timeline], config: GARConfig, ran: Runtime) -> list[Row]:

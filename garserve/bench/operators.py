@@ -67,9 +67,7 @@ def vision(config: GARConfig, depth: int | None, tiles: int, rounds: int) -> Res
     config = replace(config, vision=replace(config.vision, depth=blocks))
     encoder = RegionEncoder(config).eval().requires_grad_(requires_grad=False)
     if torch.cuda.is_available():
-        encoder = encoder.to("cuda", torch.bfloat16)
-        encoder.tower.reset_rope()
-        encoder.to("cuda")
+        encoder.place("cuda", torch.bfloat16)
     dtype = str(encoder.projector.linear_1.weight.dtype).removeprefix("torch.")
     generator = torch.Generator().manual_seed(0)
     size = config.tile_size

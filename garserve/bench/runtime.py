@@ -17,6 +17,7 @@ class Runtime:
     tower: str  # "torch, float32" or "ONNX Runtime (CPUExecutionProvider), int8"
     tower_peak: str  # dtype; an exported tower is held against float32's peak, whatever it is stored in
     dtype: str  # of decoder, KV cache and replay
+    graphs: bool = False  # whether a GPU replays decoding steps as graphs, in which no part of the model is seen
 
     def __str__(self) -> str:
         return f"tower in {self.tower}, decoder in {self.dtype}"
@@ -25,9 +26,11 @@ class Runtime:
 def runtime(engine: Engine) -> Runtime:
     """Return what an engine runs: its options decided, and for a large tower on a CPU a measurement at its start."""
     backend: Any = engine.backend
-    dtype, exported = engine.processor.config.dtype, None
+    dtype, exported, graphs = engine.processor.config.dtype, None, False
     if isinstance(backend, VLLMBackend):
-        model = backend.driver.engine.vllm_config.model_config
+        config = backend.driver.engine.vllm_config
+        model, mode = config.model_config, config.compilation_config.cudagraph_mode
+        graphs = mode is not None and bool(mode.has_full_cudagraphs())
         dtype, path = _name(model.dtype), model.hf_config.vision_model
         exported = None if path is None else (model.hf_config.vision_provider, read_info(Path(path)).dtype)
     elif isinstance(backend, ReferenceBackend):
@@ -35,9 +38,9 @@ def runtime(engine: Engine) -> Runtime:
         dtype = _name(backend.model.language_model.dtype)
         exported = None if vision is None else (vision.provider, vision.info.dtype)
     if exported is None:
-        return Runtime(f"torch, {dtype}", dtype, dtype)
+        return Runtime(f"torch, {dtype}", dtype, dtype, graphs)
     provider, stored = exported
-    return Runtime(f"ONNX Runtime ({provider}), {stored}", "float32", dtype)
+    return Runtime(f"ONNX Runtime ({provider}), {stored}", "float32", dtype, graphs)
 
 
 def _name(dtype: object) -> str:

@@ -52,6 +52,12 @@ class RegionEncoder(nn.Module):
         if self.vision is None:
             self.tower.reset_rope()
 
+    def place(self, device: str, dtype: torch.dtype) -> None:
+        """Move the tower in torch, and compute in a dtype; rotary tables stay float32, as a checkpoint has them."""
+        self.to(device, dtype)
+        self.tower.reset_rope()
+        self.to(device)
+
     @torch.inference_mode()
     def encode(self, items: Sequence[Item]) -> list[torch.Tensor]:
         """Return one tensor an item: [T·n², C] for an image of T tiles, [n², C] for a region.
@@ -78,6 +84,8 @@ class RegionEncoder(nn.Module):
         with span("replay"):
             plan.run(features, out, self.config.tokens_per_side)
         return views
+
+    forward = encode  # for what wraps a module's calls, as vLLM's offloading of weights does
 
     def allocate(self) -> None:
         """Allocate the tile cache where features are computed, if that was not done yet."""

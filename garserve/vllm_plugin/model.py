@@ -85,7 +85,7 @@ class GARForRegions(nn.Module, SupportsMultiModal, SupportsPP):
         if rows is None or row_bytes is None:
             return []
         width, dtype = self.gar_config.hidden_size, getattr(torch, self.gar_config.dtype)
-        return self.encoder.encode(items_from_kwargs(tiles, masks, keys, plan, box, rows, row_bytes, width, dtype))
+        return self.encoder(items_from_kwargs(tiles, masks, keys, plan, box, rows, row_bytes, width, dtype))
 
     def forward(
         self,
@@ -115,7 +115,8 @@ class GARForRegions(nn.Module, SupportsMultiModal, SupportsPP):
         if self.encoder.vision is not None:
             weights = ((name, tensor) for name, tensor in weights if not name.startswith(VISION_PREFIXES))
         loaded = AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
-        self.encoder.allocate()
+        if not self.encoder.like.is_meta:  # as it is while vLLM loads other weights into a running engine
+            self.encoder.allocate()
         self.encoder.tile_cache.clear()
         return loaded
 
