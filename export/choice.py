@@ -3,11 +3,14 @@
 import fcntl
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from garserve.checkpoint import Checkpoint
-from garserve.errors import RequestError
+from garserve.config.files import reason
+from garserve.errors import OnnxError, RequestError
 from garserve.model.fingerprint import vision_fingerprint
 
 if TYPE_CHECKING:
@@ -38,8 +41,12 @@ def choose_vision(
     made on first use, and kept in `cache_folder()` for the next. `device` is where tiles have to be computed; None
     leaves it to the machine.
     Raises RequestError for another name or a provider of another device, OnnxError where model or provider cannot be
-    used for this checkpoint.
+    used for this checkpoint, or the cache cannot be written.
     """
+    if not isinstance(vision_backend, str | None):
+        raise RequestError(f"vision_backend: expected torch, onnx or onnx:PROVIDER, got {vision_backend!r:.80}")
+    if not isinstance(vision_model, str | os.PathLike | None):
+        raise RequestError(f"vision_model: expected a folder or a file of one, got {vision_model!r:.80}")
     if vision_backend is None and vision_model is None:
         return None if device == "cuda" else _fastest(checkpoint, dtype)  # on a GPU there is nothing to measure
     name, _, provider = (vision_backend or ("torch" if vision_model is None else "onnx")).partition(":")
@@ -95,20 +102,43 @@ def _fastest(checkpoint: Checkpoint, dtype: object) -> Choice | None:
 
 
 def cache_folder() -> Path:
-    """Return where exports are kept that were made on first use: $GARSERVE_CACHE, or garserve in the user's cache."""
+    """Return where exports are kept that were made on first use: $GARSERVE_CACHE, or garserve in the user's cache.
+
+    Raises OnnxError where that is in the home of a user who has none.
+    """
     user = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get(CACHE) or Path(user) / "garserve").expanduser()
+    folder = Path(os.environ.get(CACHE) or Path(user) / "garserve")
+    try:
+        return folder.expanduser()
+    except RuntimeError as error:
+        raise _unwritten(folder, error) from None
 
 
 def _kept_export(checkpoint: Checkpoint, fingerprint: str) -> Path:
     from garserve.export.vision import export_vision
 
     folder = cache_folder() / "vision" / f"{fingerprint}-fp32-{_LAYOUT}"
-    if (folder / "vision.onnx").is_file():  # also where the cache cannot be written
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes second finds what the first has made
+    with suppress(OSError):  # a cache that may not be entered, of which the lock tells
+        if (folder / "vision.onnx").is_file():  # also where the cache cannot be written
+            return folder
+    with _locked(folder):
         if not (folder / "vision.onnx").is_file():
             export_vision(checkpoint, folder)
     return folder
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Make a folder and hold its lock: whoever comes second finds what the first has made. Raises OnnxError."""
+    with ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context((folder / ".lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise _unwritten(folder, error) from error
+        yield
+
+
+def _unwritten(folder: Path, error: Exception) -> OnnxError:
+    return OnnxError(f"{folder}: cannot be written ({reason(error)}); set {CACHE}, or name --vision-model")

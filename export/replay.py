@@ -4,6 +4,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
+from garserve.export.vision import writing
+
 from garserve.checkpoint import Checkpoint
 from garserve.config import BoxScale, GARConfig
 from garserve.errors import RequestError
@@ -52,7 +54,7 @@ def export_replay(checkpoint: Checkpoint, folder: Path, *, box_scale: BoxScale |
     Inputs: `features` float32 [T, n², C] of an image's tiles, row by row and without the thumbnail, `boxes` float32
     [R, 4], x1, y1, x2, y2 normalised to 0..1, and `grid` int64 [2], tiles across and down. Output: `tokens` float32
     [R, n², C]. `box_scale` is the checkpoint's own by default.
-    Raises RequestError for an unknown scale, OnnxError where a package is missing.
+    Raises RequestError for an unknown scale, OnnxError where a package is missing or the folder cannot be written.
     """
     if box_scale not in (None, *get_args(BoxScale)):
         raise RequestError(f"box_scale: expected {' or '.join(get_args(BoxScale))}, got {box_scale!r:.80}")
@@ -70,11 +72,11 @@ def export_replay(checkpoint: Checkpoint, folder: Path, *, box_scale: BoxScale |
     model = replay_model(config)
     onnx.helper.set_model_props(model, info.as_properties())
     onnx.checker.check_model(model, full_check=True)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{REPLAY}.onnx"
     partial = path.with_suffix(".partial")
-    onnx.save_model(model, str(partial))
-    partial.replace(path)
+    with writing(folder):
+        onnx.save_model(model, str(partial))
+        partial.replace(path)
     return info
 
 

@@ -3,7 +3,8 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ from garserve.export.source import load_encoder
 from garserve.export.tower_graph import FUSED_OPSET, TowerGraph
 
 from garserve.checkpoint import Checkpoint
+from garserve.config.files import reason
 from garserve.errors import OnnxError, RequestError
 from garserve.model.encoder import RegionEncoder
 from garserve.model.fingerprint import vision_fingerprint, vision_settings
@@ -57,8 +59,8 @@ def export_vision(
     chooses with `calibration`. At opset 23 attention is one operator; below, it is spelled out for runtimes that do
     not know that one. `fuse` lets ONNX Runtime's transformer optimizer put in operators of its own, which other
     runtimes do not have.
-    Raises RequestError for another dtype or opset, OnnxError where a package is missing, or where
-    the model that came out is not within its tolerance of the reference.
+    Raises RequestError for another dtype or opset, OnnxError where a package is missing, where the folder cannot be
+    written, or where the model that came out is not within its tolerance of the reference.
     """
     if dtype not in get_args(Dtype):
         raise RequestError(f"dtype: expected {', '.join(get_args(Dtype))}, got {dtype!r:.80}")
@@ -78,8 +80,7 @@ def export_vision(
         tolerance=TOLERANCES[dtype],
         config=vision_settings(checkpoint.config),
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".making-") as made:
+    with writing(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".making-") as made:
         path = Path(made) / FILE
         write_graph(encoder, path, info)
         if dtype == "int8":
@@ -94,6 +95,18 @@ def export_vision(
         error = _check(encoder, path)
         _move(Path(made), folder)
     return Exported(info, error, fused)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Make a folder where there is none, and raise OnnxError that names it where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        if error.errno is None:  # not the system's: torch raises some of its own
+            raise
+        raise OnnxError(f"{folder}: cannot be written ({reason(error)})") from error
 
 
 def _check(encoder: RegionEncoder, path: Path) -> float:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from safetensors import safe_open
 
 from garserve.config import GARConfig, VisionConfig, read_config
+from garserve.config.files import read_json, reason
 from garserve.config.weight_files import locate_tensors
 from garserve.errors import CheckpointError, first_line
 
@@ -126,14 +127,17 @@ def resolve(checkpoint: str | Path, revision: str | None = None) -> Path:
 
     The text "tiny" is the checkpoint that comes with garserve (`./tiny` is a folder of that name). `revision` is a
     branch, a tag or a commit of the repo, its main branch by default; a folder has none.
-    Raises CheckpointError where it is none of these.
+    Raises CheckpointError where it is none of these, or cannot be looked for.
     """
     if checkpoint == TINY:
         return Path(str(files("garserve") / "data" / TINY))
-    folder = Path(checkpoint).expanduser()
-    if folder.is_dir():
-        return folder
     name = str(checkpoint)
+    try:
+        folder = Path(checkpoint).expanduser()
+        if folder.is_dir():
+            return folder
+    except (OSError, RuntimeError) as error:  # in a folder that may not be entered, or of a user that there is not
+        raise CheckpointError(f"checkpoint {name!r:.200}: cannot be looked for ({reason(error)})") from None
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise CheckpointError(
             f"checkpoint {name!r}: no such folder, and neither {TINY!r} nor a Hugging Face repo id (owner/name)"
@@ -147,6 +151,17 @@ def resolve(checkpoint: str | Path, revision: str | None = None) -> Path:
             f"checkpoint {name!r}: no such folder, and fetching it from the Hugging Face hub failed "
             f"({type(error).__name__}: {first_line(error)})"
         ) from error
+
+
+def _refuse_quantized(folder: Path) -> None:
+    """Refuse weights that were quantized into the files: they have other names, shapes and dtypes than GAR's."""
+    data = read_json(folder / "config.json")
+    if data.get("quantization_config") or data.get("mllm_config", {}).get("quantization_config"):
+        raise CheckpointError(
+            f"{folder / 'config.json'}: quantization_config: expected weights as they were trained, got quantized "
+            "files; vLLM quantizes such weights while it loads them (the option quantization), and plain `vllm serve` "
+            "takes quantized files"
+        )
 
 
 @dataclass(frozen=True)
@@ -166,6 +181,7 @@ class Checkpoint:
         """
         folder = resolve(checkpoint)
         config = read_config(folder)
+        _refuse_quantized(folder)
         if not (folder / "tokenizer.json").is_file():
             raise CheckpointError(f"checkpoint file missing: {folder / 'tokenizer.json'}")
         opened = cls(folder, config, locate_tensors(folder))

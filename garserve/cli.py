@@ -164,13 +164,16 @@ def demo(
 ) -> None:
     """Describe three regions of a photograph, and relate two of them; both picture and model come with garserve."""
     from garserve.demo import run_demo
+    from garserve.pictures import check_target
 
+    picture = folder / "regions.png"
+    check_target(picture)
     rows = []
     with open_engine(TINY, backend, None, verbose, vision_backend=vision_backend, vision_model=vision_model) as engine:
-        for name, answer in run_demo(engine, folder / "regions.png"):
+        for name, answer in run_demo(engine, picture):
             rows.append(_row(answer, name))
     _show(rows, as_json=False)
-    console.print(f"Picture: {folder / 'regions.png'}")
+    console.print(f"Picture: {picture}")
 
 
 def main() -> None:

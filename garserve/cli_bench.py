@@ -1,15 +1,27 @@
 """`garserve bench`: how fast a checkpoint is on this machine, and how near to what the machine can do (floor 8)."""
 
 import json
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from random import randrange
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from garserve.bench.kinds import HELP, Kind
+from garserve.bench.options import (
+    AnswerOption,
+    DtypeOption,
+    GroupOption,
+    ImagesOption,
+    KindOption,
+    RegionsOption,
+    RoundsOption,
+    SaveOption,
+    SizeOption,
+    check_targets,
+    chosen,
+    refuse,
+)
 from garserve.checkpoint import TINY, resolve
 from garserve.cli_options import (
     Backend,
@@ -21,25 +33,12 @@ from garserve.cli_options import (
     VerboseOption,
 )
 from garserve.cli_shared import console, open_engine, status_console
-from garserve.errors import GarserveError, RequestError
+from garserve.errors import GarserveError
 
 if TYPE_CHECKING:
     from garserve.bench.result import Result
 
 benchmarks = typer.Typer(no_args_is_help=True)
-
-_KindOption = Annotated[Kind, typer.Option("--workload", help=HELP)]
-_ImagesOption = Annotated[int, typer.Option(min=1, help="Number of images.")]
-_SizeOption = Annotated[str, typer.Option(metavar="WIDTHxHEIGHT", help="Size of the images in pixels.")]
-_RegionsOption = Annotated[
-    Path | None,
-    typer.Option(help='File of real masks, in the place of --workload: lines {"image": path, "regions": [...]}.'),
-]
-_AnswerOption = Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer in tokens.")]
-_GroupOption = Annotated[int, typer.Option(min=1, max=5, help="Regions of a dense image that share one mask.")]
-_RoundsOption = Annotated[int, typer.Option(min=1, help="Runs, of which the median is shown.")]
-_SaveOption = Annotated[Path | None, typer.Option("--save", help="Write the figures here as JSON.")]
-_DtypeOption = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Dtype of the features.")]
 
 
 @benchmarks.callback()
@@ -50,10 +49,10 @@ def root() -> None:
 @benchmarks.command()
 def latency(
     checkpoint: CheckpointOption = TINY,
-    workload: _KindOption = "stream",
-    images: _ImagesOption = 9,
-    size: _SizeOption = "640x480",
-    max_tokens: _AnswerOption = 64,
+    workload: KindOption = "stream",
+    images: ImagesOption = 9,
+    size: SizeOption = "640x480",
+    max_tokens: AnswerOption = 64,
     trace: Annotated[
         Path | None, typer.Option(help="Write the last request's spans here, in Chrome's trace format.")
     ] = None,
@@ -62,7 +61,7 @@ def latency(
     tile_cache_gb: TileCacheOption = None,
     engine_option: EngineOption = None,
     as_json: JsonOption = False,
-    save: _SaveOption = None,
+    save: SaveOption = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Answer requests one after the other: preprocess, vision, replay, prefill, TTFT, ITL, end to end."""
@@ -70,38 +69,41 @@ def latency(
     from garserve.bench.workload import make_workload, parse_pair
     from garserve.tracing import write_chrome_trace
 
-    _check_targets(save, trace)
+    check_targets(save, trace)
     asked = make_workload(workload, images + 1, parse_pair("--size", size), max_tokens=max_tokens)
     each = len(asked.requests) // (images + 1)
     with open_engine(
         checkpoint, backend, engine_option, verbose, max_num_tiles=max_num_tiles, tile_cache_gb=tile_cache_gb
     ) as engine:
         conditions = f"{checkpoint} ({backend}), {workload}, {size} pixels"
-        conditions += _options(max_num_tiles, tile_cache_gb, engine_option, max_tokens)
+        conditions += chosen(max_num_tiles, tile_cache_gb, engine_option, max_tokens)
         result, spans = measure_latency(engine, asked.requests[each:], asked.requests[0], conditions)
-    if trace is not None:
-        write_chrome_trace(trace, spans)
-        status_console.print(f"Saved {trace}")
     _show(result, as_json, save)
+    if trace is not None:  # last: figures that took minutes do not hang on it
+        try:
+            write_chrome_trace(trace, spans)
+        except OSError as error:
+            raise GarserveError(f"--trace {trace}: cannot be written ({error.strerror or error})") from None
+        status_console.print(f"Saved {trace}")
 
 
 @benchmarks.command()
 def throughput(
     context: typer.Context,
     checkpoint: CheckpointOption = TINY,
-    workload: _KindOption = "dense",
-    images: _ImagesOption = 4,
-    size: _SizeOption = "640x480",
-    regions: _RegionsOption = None,
-    group: _GroupOption = 1,
-    max_tokens: _AnswerOption = 64,
+    workload: KindOption = "dense",
+    images: ImagesOption = 4,
+    size: SizeOption = "640x480",
+    regions: RegionsOption = None,
+    group: GroupOption = 1,
+    max_tokens: AnswerOption = 64,
     in_flight: Annotated[int, typer.Option(min=1, help="Most requests at a time.")] = 64,
     max_num_tiles: MaxTilesOption = None,
     backend: Backend = "vllm",
     tile_cache_gb: TileCacheOption = None,
     engine_option: EngineOption = None,
     as_json: JsonOption = False,
-    save: _SaveOption = None,
+    save: SaveOption = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Answer many requests together: answers, images and tokens a second."""
@@ -109,13 +111,13 @@ def throughput(
     from garserve.bench.throughput import throughput as measure_throughput
     from garserve.bench.workload import make_workload, parse_pair
 
-    _check_targets(save)
+    check_targets(save)
     pixels = parse_pair("--size", size)
     if regions is None:
         asked = make_workload(workload, images, pixels, max_tokens=max_tokens, group=group)
     else:
         reason = "without --regions, whose images are taken as they are and whose regions are asked about one by one"
-        _refuse(context, ("workload", "images", "size", "group"), reason)
+        refuse(context, ("workload", "images", "size", "group"), reason)
         asked = real_workload(regions, max_tokens=max_tokens)
     warm = make_workload("stream", 1, pixels, max_tokens=max_tokens, first=images).requests[0]
     with open_engine(
@@ -123,7 +125,7 @@ def throughput(
     ) as engine:
         pictures = f"groups of {group}, {size} pixels" if regions is None else "one by one"
         conditions = f"{checkpoint} ({backend}), {asked.name}, {pictures}"
-        conditions += _options(max_num_tiles, tile_cache_gb, engine_option, max_tokens)
+        conditions += chosen(max_num_tiles, tile_cache_gb, engine_option, max_tokens)
         result = measure_throughput(engine, asked, warm, conditions, in_flight=in_flight)
     _show(result, as_json, save)
 
@@ -131,18 +133,18 @@ def throughput(
 @benchmarks.command()
 def preprocess(
     checkpoint: CheckpointOption = TINY,
-    size: _SizeOption = "4000x3000",
+    size: SizeOption = "4000x3000",
     regions: Annotated[int, typer.Option(min=1, help="Regions of the image.")] = 20,
     max_num_tiles: MaxTilesOption = None,
-    rounds: _RoundsOption = 3,
+    rounds: RoundsOption = 3,
     as_json: JsonOption = False,
-    save: _SaveOption = None,
+    save: SaveOption = None,
 ) -> None:
     """Prepare requests about one photograph: masks, tiles and prompt, without a model."""
     from garserve.bench.preprocess import preprocess as measure_preprocess
     from garserve.bench.workload import parse_pair
 
-    _check_targets(save)
+    check_targets(save)
     pixels = parse_pair("--size", size)
     _show(measure_preprocess(resolve(checkpoint), pixels, regions, max_num_tiles, rounds), as_json, save)
 
@@ -151,14 +153,14 @@ def preprocess(
 def startup(
     checkpoint: CheckpointOption = TINY,
     backend: Backend = "vllm",
-    runs: _RoundsOption = 3,
+    runs: RoundsOption = 3,
     as_json: JsonOption = False,
-    save: _SaveOption = None,
+    save: SaveOption = None,
 ) -> None:
     """Start an engine in fresh processes: import, load, first answer."""
     from garserve.bench.startup import startup as measure_startup
 
-    _check_targets(save)
+    check_targets(save)
     with status_console.status(f"Starting {checkpoint} ({backend}) {runs} times ..."):
         result = measure_startup(checkpoint, backend, runs)
     _show(result, as_json, save)
@@ -168,17 +170,17 @@ def startup(
 def replay(
     checkpoint: CheckpointOption = TINY,
     grid: Annotated[str, typer.Option(metavar="ACROSSxDOWN", help="Tiles of the image.")] = "4x4",
-    dtype: _DtypeOption = "float32",
-    rounds: _RoundsOption = 9,
+    dtype: DtypeOption = "float32",
+    rounds: RoundsOption = 9,
     as_json: JsonOption = False,
-    save: _SaveOption = None,
+    save: SaveOption = None,
 ) -> None:
     """Replay 1 to 100 regions of an image of this checkpoint's shape; peers are in benchmarks/replay.py."""
     from garserve.bench.operators import replay as measure_replay
     from garserve.bench.workload import parse_pair
     from garserve.config import read_config
 
-    _check_targets(save)
+    check_targets(save)
     _show(measure_replay(read_config(resolve(checkpoint)), parse_pair("--grid", grid), dtype, rounds), as_json, save)
 
 
@@ -187,15 +189,15 @@ def vision(
     checkpoint: CheckpointOption = TINY,
     tiles: Annotated[int, typer.Option(min=1, help="Tiles at once.")] = 4,
     depth: Annotated[int | None, typer.Option(min=1, help="Blocks of the tower (default: all).")] = None,
-    rounds: _RoundsOption = 5,
+    rounds: RoundsOption = 5,
     as_json: JsonOption = False,
-    save: _SaveOption = None,
+    save: SaveOption = None,
 ) -> None:
     """Run tiles through a tower of this checkpoint's shape; peers are in benchmarks/vision.py."""
     from garserve.bench.operators import vision as measure_vision
     from garserve.config import read_config
 
-    _check_targets(save)
+    check_targets(save)
     _show(measure_vision(read_config(resolve(checkpoint)), depth, tiles, rounds), as_json, save)
 
 
@@ -204,9 +206,9 @@ def serve(
     context: typer.Context,
     url: Annotated[str, typer.Argument(help="A running server that speaks OpenAI's chat completions.")],
     model: Annotated[str, typer.Option(help="The model's name on the server.")] = "tiny",
-    workload: _KindOption = "dense",
-    images: _ImagesOption = 4,
-    size: _SizeOption = "640x480",
+    workload: KindOption = "dense",
+    images: ImagesOption = 4,
+    size: SizeOption = "640x480",
     rate: Annotated[
         float | None,
         typer.Option(min=0.001, help="Requests sent a second, however many are unanswered (an open loop)."),
@@ -223,7 +225,7 @@ def serve(
     slo_e2e: Annotated[
         float | None, typer.Option(min=0, help="E2E limit in seconds for goodput: until the last token.")
     ] = None,
-    max_tokens: _AnswerOption = 64,
+    max_tokens: AnswerOption = 64,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -233,7 +235,7 @@ def serve(
         ),
     ] = None,
     as_json: JsonOption = False,
-    save: _SaveOption = None,
+    save: SaveOption = None,
 ) -> None:
     """Load a running server: TTFT, TPOT, ITL, E2E, and how many requests a second kept the limits.
 
@@ -243,13 +245,13 @@ def serve(
     if find_spec("httpx") is None:
         raise GarserveError("bench serve needs httpx: pip install 'garserve[serve]'")
     if rate is not None:
-        _refuse(context, ("clients",), "without --rate, which sends requests at its own times")
+        refuse(context, ("clients",), "without --rate, which sends requests at its own times")
     from garserve.bench.load import bodies
     from garserve.bench.serve import Limits
     from garserve.bench.serve import serve as measure_serve
     from garserve.bench.workload import PER_SEED, make_workload, parse_pair
 
-    _check_targets(save)
+    check_targets(save)
     seed = randrange(10_000) if seed is None else seed
     first = seed * PER_SEED  # a server remembers what it has seen: other pictures for each seed
     pixels = parse_pair("--size", size)
@@ -261,13 +263,6 @@ def serve(
     _show(result, as_json, save)
 
 
-def _options(tiles: int | None, cache_gb: float | None, engine: list[str] | None, tokens: int) -> str:
-    """Return what of an engine's and an answer's options was chosen, for the conditions of figures."""
-    chosen = {"--max-num-tiles": tiles, "--tile-cache-gb": cache_gb, "--max-tokens": tokens}
-    told = [f"{name} {value}" for name, value in chosen.items() if value is not None]
-    return ", ".join(["", *told, *(f"--engine-option {one}" for one in engine or [])])
-
-
 def _show(result: "Result", as_json: bool, save: Path | None) -> None:
     if as_json:
         typer.echo(json.dumps(result.document(), indent=2))
@@ -276,18 +271,3 @@ def _show(result: "Result", as_json: bool, save: Path | None) -> None:
     if save is not None:
         result.write(save)
         status_console.print(f"Saved {save}")
-
-
-def _refuse(context: typer.Context, names: Sequence[str], reason: str) -> None:
-    """Raise RequestError for an option that was given and would do nothing."""
-    for name in names:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name != "DEFAULT":
-            raise RequestError(f"--{name}: expected it {reason}, got {context.params[name]!r:.40}")
-
-
-def _check_targets(*targets: Path | None) -> None:
-    """Refuse a file that could not be written before anything is measured for it."""
-    for target in targets:
-        if target is not None and not target.parent.is_dir():
-            raise RequestError(f"{target}: no such folder: {target.parent}")

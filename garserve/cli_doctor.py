@@ -10,6 +10,7 @@ from rich.table import Table
 
 from garserve.cli_options import JsonOption
 from garserve.cli_shared import console, status_console
+from garserve.errors import GarserveError
 
 
 def doctor(
@@ -20,7 +21,7 @@ def doctor(
 ) -> None:
     """Show versions and device, and check that vLLM sees garserve and that replay tells the truth.
 
-    Exits with 1 when a check fails.
+    Exits with 1 when a check fails, with 2 when --kernels lacks Triton's compiler.
     """
     good = _kernels(as_json) if kernels else _machine(as_json)
     if not good:
@@ -42,8 +43,12 @@ def _machine(as_json: bool) -> bool:
 
 
 def _kernels(as_json: bool) -> bool:
-    from garserve.kernels.compile_check import compile_all, rows
-
+    try:
+        from garserve.kernels.compile_check import compile_all, interpreted, rows
+    except ImportError as error:
+        raise GarserveError(f"--kernels: Triton cannot be imported ({error}): pip install triton") from None
+    if interpreted():
+        raise GarserveError("--kernels: expected a process without TRITON_INTERPRET, which replaces the compiler")
     with status_console.status("Compiling ..."):
         compiled = list(compile_all())
     if as_json:

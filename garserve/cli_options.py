@@ -1,6 +1,7 @@
 """Options that commands share, and how their texts become regions and engine options (floor 6)."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -69,6 +70,10 @@ ClipOption = Annotated[bool, typer.Option("--clip", help="Cut boxes at the image
 AskOption = Annotated[str | None, typer.Option(help="A question that names the regions as <Prompt0>, <Prompt1>, ...")]
 ImageOutOption = Annotated[Path | None, typer.Option(help="Save a picture of the regions and the answers here.")]
 
+# Of `garserve.load`, and not the backend's: most commands have options for some or all of them.
+OWN_OPTIONS = ("max_num_tiles", "box_scale", "tile_cache_gb", "vision_backend", "vision_model")
+_FLAGS = {"checkpoint": "-c, or the command's argument"}  # where it is not --NAME
+
 _REGION_OPTIONS = ("box", "xywh", "mask", "polygon", "points", "scribble", "rle")
 _ORDER = "garserve.region_order"
 
@@ -123,24 +128,33 @@ def _rle(text: str) -> Any:
     if not text.lstrip().startswith("{"):
         try:
             source = Path(text).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise RegionError(f"--rle {text[:80]}: not text; expected JSON or a file that holds it") from None
         except OSError as error:
             raise RegionError(f"--rle {text[:80]}: {error.strerror}; expected JSON or a file that holds it") from None
     try:
         return json.loads(source)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RegionError(f"--rle: not JSON ({error})") from None
 
 
-def parse_engine_options(options: list[str] | None) -> dict[str, Any]:
-    """Read NAME=VALUE pairs, values as JSON where they are JSON and as texts otherwise."""
+def parse_engine_options(options: list[str] | None, own: Collection[str] = ()) -> dict[str, Any]:
+    """Read NAME=VALUE pairs, values as JSON where they are JSON and as texts otherwise.
+
+    `own` are names that the command gives to the engine itself. Raises RequestError for one of them, and for what is no
+    pair.
+    """
     parsed: dict[str, Any] = {}
     for option in options or []:
         name, equals, value = option.partition("=")
         if not equals or not name.isidentifier():
             raise RequestError(f"--engine-option: expected NAME=VALUE, got {option!r:.80}")
+        if name in own:
+            flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
+            raise RequestError(f"--engine-option {name}: expected an option of the backend; use {flag}")
         try:
             parsed[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             parsed[name] = value
     return parsed
 

@@ -1,6 +1,7 @@
 """`garserve serve` (floor 8)."""
 
 import atexit
+import math
 import os
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from garserve.cli_options import (
+    OWN_OPTIONS,
     BoxScaleOption,
     EngineOption,
     MaxTilesOption,
@@ -23,6 +25,14 @@ from garserve.errors import RequestError
 
 _ACCESS, _LIMITS, _IMAGES = "Access", "Limits, for each API process", "Images from elsewhere"
 _MIB = 1024 * 1024
+_MOST_MIB = 1024 * 1024  # a TiB; what is more is a slip
+
+
+def _finite(value: float) -> float:
+    """Refuse "inf", which is no number of bytes or seconds, and "nan", which older typers find in every range."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"expected a finite number, got {value}")
+    return value
 
 
 def serve(
@@ -40,7 +50,8 @@ def serve(
     api_workers: Annotated[int, typer.Option(min=1, help="API processes over one engine.")] = 1,
     log_format: Annotated[Literal["json", "text"], typer.Option(help="Form of the log's lines.")] = "json",
     drain_seconds: Annotated[
-        float, typer.Option(min=0, help="After SIGTERM, answers in work have so long to finish.")
+        float,
+        typer.Option(min=0, callback=_finite, help="After SIGTERM, answers in work have so long to finish."),
     ] = 60,
     api_key_file: Annotated[
         Path | None,
@@ -60,9 +71,15 @@ def serve(
     send_seconds: Annotated[
         float, typer.Option(min=0.1, help="Longest time for a client to take a piece.", rich_help_panel=_LIMITS)
     ] = 60,
-    max_body_mb: Annotated[float, typer.Option(min=0.001, help="Largest body, MiB.", rich_help_panel=_LIMITS)] = 32,
+    max_body_mb: Annotated[
+        float,
+        typer.Option(min=0.001, max=_MOST_MIB, callback=_finite, help="Largest body, MiB.", rich_help_panel=_LIMITS),
+    ] = 32,
     max_image_mb: Annotated[
-        float, typer.Option(min=0.001, help="Largest image file, MiB.", rich_help_panel=_LIMITS)
+        float,
+        typer.Option(
+            min=0.001, max=_MOST_MIB, callback=_finite, help="Largest image file, MiB.", rich_help_panel=_LIMITS
+        ),
     ] = 20,
     max_pixels: Annotated[
         int, typer.Option(min=1, help="Most pixels of an image, seen before decoding.", rich_help_panel=_LIMITS)
@@ -129,7 +146,7 @@ def serve(
         tile_cache_gb=tile_cache_gb,
         vision_backend=vision_backend,
         vision_model=vision_model,
-        engine_options=parse_engine_options(engine_option),
+        engine_options=parse_engine_options(engine_option, OWN_OPTIONS),
         vllm_arguments=tuple(vllm_arguments or ()),
         verbose=verbose,
     )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from garserve.cli_options import parse_engine_options
+from garserve.cli_options import OWN_OPTIONS, parse_engine_options
 
 if TYPE_CHECKING:
     from garserve.engine import Engine
@@ -34,8 +34,13 @@ def load_engine(checkpoint: str, backend: str, options: list[str] | None, verbos
 
 
 def engine_options(backend: str, options: list[str] | None, verbose: bool, **choices: Any) -> dict[str, Any]:
-    """Return what an engine is loaded with: its options as they were told, and the choices that are not None."""
-    extra: dict[str, Any] = parse_engine_options(options)
+    """Return what an engine is loaded with: its options as they were told, and the choices that are not None.
+
+    Raises RequestError for an engine option that is the command's own, whether it was chosen or not: what else the
+    command does by it would not follow.
+    """
+    own = {"checkpoint", "backend", *(name for name in OWN_OPTIONS if name in choices)}
+    extra = parse_engine_options(options, own)
     extra |= {name: choice for name, choice in choices.items() if choice is not None}
     if backend == "vllm":
         extra.setdefault("verbose", verbose)

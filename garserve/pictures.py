@@ -1,7 +1,9 @@
 """Pictures of regions and what was said about them (floor 5)."""
 
+import os
 import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours: told apart by people with any colour vision.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#F0E442")
 _WIDTH_INCHES = 8.0
+_TALLEST_INCHES = 80.0  # what an image may take: matplotlib draws at most 65,535 pixels of a side
 _LINE_INCHES = 0.24
 _FONT_POINTS = 10
 _LONGEST = 600  # characters of a caption that are shown
@@ -30,6 +33,7 @@ def save_picture(
     """Save the image with each region tinted, outlined and numbered, and its caption in its colour underneath.
 
     `image` is RGB [H, W, 3], `masks` are boolean [H, W]. Needs matplotlib (`pip install garserve[pictures]`).
+    An image of more than ten times its width is drawn smaller. Raises GarserveError where the file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -41,15 +45,18 @@ def save_picture(
         paragraphs.append(("", "#555555", _lines(note, canvas)))
     rows = sum(len(lines) for _, _, lines in paragraphs) + 0.7 * len(paragraphs)
     height, width = image.shape[:2]
-    shown = _WIDTH_INCHES * height / width
+    shown = min(_WIDTH_INCHES * height / width, _TALLEST_INCHES)
     total = shown + _LINE_INCHES * (rows + 0.7)
     figure.set_size_inches(_WIDTH_INCHES, total)
     axes = figure.add_axes((0, 1 - shown / total, 1, shown / total))
     axes.imshow(_tint(image, masks), interpolation="antialiased")
     axes.set_axis_off()
+    axes.autoscale(False)  # outlines may lie on the image's edge, and none moves it
+    # With a pixel of outside around it, an outline closes at the edge, and one row or column has one, too.
+    columns, rows_of = np.arange(-1, width + 1), np.arange(-1, height + 1)
     for i, mask in enumerate(masks):
         colour = COLOURS[i % len(COLOURS)]
-        axes.contour(np.pad(mask, 1)[1:-1, 1:-1], levels=[0.5], colors=[colour], linewidths=2)
+        axes.contour(columns, rows_of, np.pad(mask, 1), levels=[0.5], colors=[colour], linewidths=2)
         y, x = _label_place(mask)
         axes.text(
             x, y, _name(i), color="white", weight="bold", ha="center", va="center", bbox={"facecolor": colour, "lw": 0}
@@ -74,13 +81,25 @@ def save_picture(
 
 
 def check_target(path: Path) -> None:
-    """Make the folder of a picture to come; GarserveError where the picture could not be written."""
+    """Make the folder of a picture to come; GarserveError where the picture could not be drawn or written."""
+    if find_spec("matplotlib") is None:
+        raise GarserveError("pictures need matplotlib: pip install 'garserve[pictures]'")
     if path.suffix.lower() not in _SUFFIXES:
         raise GarserveError(f"picture {path}: expected a name that ends in one of {', '.join(_SUFFIXES)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise GarserveError(f"picture {path}: its folder cannot be made ({error.strerror or error})") from None
+    if path.exists() and (path.is_dir() or not os.access(path, os.W_OK)):
+        raise GarserveError(f"picture {path}: expected a file that can be written")
+    if not path.exists() and not os.access(path.parent, os.W_OK):
+        raise GarserveError(f"picture {path}: expected a folder that can be written to")
+
+
+def one_line(text: str) -> str:
+    """Return a text as pictures show it: its white space as single spaces, what else has no shape as U+FFFD."""
+    spaced = " ".join(text.split())
+    return "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in spaced)
 
 
 def _name(position: int) -> str:
@@ -97,9 +116,8 @@ def _lines(text: str, canvas: "FigureCanvasAgg") -> list[str]:
     def fits(line: str) -> bool:
         return bool(renderer.get_text_width_height_descent(line, font, ismath=False)[0] <= room)
 
-    shown = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
     lines = [""]
-    for word in shorten(shown, _LONGEST, placeholder=" …").split(" "):
+    for word in shorten(one_line(text), _LONGEST, placeholder=" …").split(" "):
         longer = f"{lines[-1]} {word}".strip()
         if fits(longer):
             lines[-1] = longer

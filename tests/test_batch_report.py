@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from garserve.batch.contact_sheet import write_contact_sheet
 from garserve.batch.outputs import check_coco, write_coco, write_parquet
 from garserve.batch.prepare import encoded
 from garserve.batch.report import write_report
 from garserve.batch.row_images import RowImages
+from garserve.cli import app
 from garserve.cli_report import report
 from garserve.demo import REGIONS
 from garserve.engine import Engine
@@ -30,6 +32,8 @@ from tests.browser import CHROMIUM, NO_CHROMIUM, browsing
 from tests.conftest import PHOTO, ROOT
 
 EVALUATION = ROOT / "garserve" / "data" / "tiny_eval"
+runner = CliRunner()
+
 OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 OPTIONS.append("--disable-background-networking")
 
@@ -74,7 +78,7 @@ def write_rows(path: Path, content: list[dict[str, Any]]) -> Path:
 @pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)
 def test_a_browser_shows_regions_and_filters(tmp_path: Path) -> None:
     page = tmp_path / "report.html"
-    assert write_report(write_rows(tmp_path / "out.jsonl", photo_rows()), page) == 4
+    assert write_report(write_rows(tmp_path / "out.jsonl", photo_rows()), page) == (4, 1)
     everything = browse(page, tmp_path / "profile", "")
     assert 'data-shown="4"' in everything
     (pixels,) = re.findall(r'data-pixels="([\d ]+)"', everything)
@@ -99,7 +103,7 @@ def test_ten_thousand_rows_open_at_once(tmp_path: Path) -> None:
     row = {"image": str(tmp_path / "small.png"), "regions": [disc]}
     many = [{"id": i, "text": f"Answer {i}", **row} for i in range(10_000)]
     page = tmp_path / "report.html"
-    assert write_report(write_rows(tmp_path / "out.jsonl", many), page) == 10_000
+    assert write_report(write_rows(tmp_path / "out.jsonl", many), page) == (10_000, 0)
     assert page.stat().st_size < 10_000_000
     before = time.monotonic()
     shown = browse(page, tmp_path / "profile", "page=3")
@@ -142,7 +146,7 @@ def test_a_page_of_what_tiny_says(tmp_path: Path, tiny_reference: Engine) -> Non
 
 def test_a_report_of_a_part_says_so(tmp_path: Path) -> None:
     out = write_rows(tmp_path / "out.jsonl", photo_rows() * 3)
-    assert write_report(out, tmp_path / "r.html", limit=5) == 5
+    assert write_report(out, tmp_path / "r.html", limit=5) == (5, 1)
     assert "the first 5 of 12 rows, 3 of them errors" in (tmp_path / "r.html").read_text()
     with pytest.raises(RequestError, match="expected rows of a job, got none"):
         write_report(write_rows(tmp_path / "none.jsonl", []), tmp_path / "r.html")
@@ -153,11 +157,54 @@ def test_a_report_of_a_part_says_so(tmp_path: Path) -> None:
 
 def test_contact_sheet(tmp_path: Path) -> None:
     target = tmp_path / "sheet.png"
-    assert write_contact_sheet(write_rows(tmp_path / "out.jsonl", photo_rows()), target, 3, seed=1) == 3
+    assert write_contact_sheet(write_rows(tmp_path / "out.jsonl", photo_rows()), target, 3, seed=1).rows == 3
     with Image.open(target) as sheet:
         assert sheet.size == (3 * 312 + 12, 396 + 12)
         orange = (np.abs(np.asarray(sheet.convert("RGB")).astype(int) - (0xE6, 0x9F, 0x00)) < 3).all(axis=2)
     assert orange.sum() > 100  # outlines
+
+
+def test_line_breaks_on_a_contact_sheet_are_spaces(tmp_path: Path) -> None:
+    def sheet(name: str, identity: str, text: str) -> np.ndarray:
+        write_contact_sheet(write_rows(tmp_path / name, [{"id": identity, "text": text}]), tmp_path / "s.png", 1)
+        with Image.open(tmp_path / "s.png") as picture:
+            return np.asarray(picture.convert("RGB"))
+
+    broken = sheet("a.jsonl", "a\nb", "First.\nSecond.\r\n\n- third")
+    assert (broken == sheet("b.jsonl", "a b", "First. Second. - third")).all()
+
+
+def test_pictures_that_are_not_found_are_counted(tmp_path: Path) -> None:
+    """Each once; what came within a request has no file to be found."""
+    found, *_, gone = photo_rows()
+    inline = {"id": 8, "text": "inside", "image": "data URL"}
+    out = write_rows(tmp_path / "out.jsonl", [found, gone, gone | {"id": 9}, inline])
+    said = runner.invoke(app, ["report", str(out), "-o", str(tmp_path / "r.html")]).stdout.splitlines()
+    assert said[1:] == ["1 pictures not found; --images FOLDER says where they are now"]
+    (tmp_path / "empty").mkdir()
+    arguments = ["report", str(out), "--images", str(tmp_path / "empty")]
+    for more in (["-o", str(tmp_path / "r.html")], ["-o", str(tmp_path / "s.png"), "--sample", "4"]):
+        done = runner.invoke(app, [*arguments, *more])
+        assert done.exit_code == 0, done.output
+        assert done.stdout.startswith("4 rows: ")
+        assert f"2 pictures not found in {tmp_path / 'empty'}" in done.stdout
+    write_rows(out, [found, inline])
+    assert "not found" not in runner.invoke(app, ["report", str(out), "-o", str(tmp_path / "r.html")]).stdout
+
+
+def test_options_of_a_report_that_would_do_nothing_are_refused(tmp_path: Path) -> None:
+    out = write_rows(tmp_path / "out.jsonl", photo_rows())
+    arguments = ["report", str(out), "-o", str(tmp_path / "r")]
+    for more, message in (
+        (["--sample", "2", "--limit", "10000"], "--limit: expected it without --sample, .* got 10000"),
+        (["--seed", "0"], "--seed: expected it with --sample, .* got 0"),
+    ):
+        done = runner.invoke(app, [*arguments, *more])
+        assert isinstance(done.exception, RequestError), done.output
+        assert re.search(message, str(done.exception))
+    for folder in (tmp_path / "typo", out):
+        assert runner.invoke(app, [*arguments, "--images", str(folder)]).exit_code == 2
+    assert not (tmp_path / "r").exists()
 
 
 def test_coco_with_captions(mini: Path, tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
 """`garserve bench`: what it counts, what it asks, what it refuses."""
 
+import errno
 import json
+import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +21,8 @@ from garserve.bench import cost, latency, operators, preprocess
 from garserve.bench import runtime as runtime_module
 from garserve.bench.kinds import KINDS
 from garserve.bench.machine import Peaks, machine, peaks
+from garserve.bench.options import check_targets
+from garserve.bench.result import Result
 from garserve.bench.runtime import Runtime, runtime
 from garserve.bench.workload import make_workload, picture, region
 from garserve.checkpoint import resolve
@@ -220,6 +225,8 @@ def test_parts_command(arguments: list[str]) -> None:
 def test_commands_refuse_what_they_cannot_do(tmp_path: Path) -> None:
     for arguments, message in (
         (["vision", "--save", str(tmp_path / "no" / "file.json")], "no such folder"),
+        (["latency", "--trace", str(tmp_path)], "expected a file that can be written"),
+        (["serve", "http://127.0.0.1:9", "--save", str(tmp_path)], "expected a file that can be written"),
         (["preprocess", "--size", "640"], "--size: expected two whole numbers"),
         (["throughput", "--workload", "five", "--group", "3"], "group: expected 1 to 5"),
         (
@@ -234,6 +241,31 @@ def test_commands_refuse_what_they_cannot_do(tmp_path: Path) -> None:
         done = runner.invoke(app, ["bench", *arguments])
         assert isinstance(done.exception, GarserveError), done.output
         assert message in str(done.exception)
+
+
+def test_folders_that_cannot_be_written_to_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(RequestError, match=r"t\.json: expected a folder that can be written to"):
+        check_targets(None, tmp_path / "t.json")
+
+
+def test_figures_outlive_a_trace_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are shown and saved first; what is wrong with the trace is told as any error."""
+
+    def full(path: Path, spans: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    result = Result("latency", "here", [{"stage": "end to end", "ms": 7.0}])
+    monkeypatch.setattr("garserve.tracing.write_chrome_trace", full)
+    monkeypatch.setattr("garserve.cli_bench.open_engine", lambda *one, **more: nullcontext())
+    monkeypatch.setattr(latency, "latency", lambda *one: (result, []))
+    saved = tmp_path / "figures.json"
+    arguments = ["--images", "1", "--size", "120x90", "--json", "--save", str(saved)]
+    done = runner.invoke(app, ["bench", "latency", *arguments, "--trace", str(tmp_path / "t.json")])
+    assert isinstance(done.exception, GarserveError), done.output
+    assert "--trace" in str(done.exception)
+    assert "cannot be written (No space left on device)" in str(done.exception)
+    assert json.loads(done.stdout)["figures"] == json.loads(saved.read_text())["figures"] != []
 
 
 def test_serve_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -221,6 +221,14 @@ def test_a_decoder_that_transformers_refuses(mini_copy: Path) -> None:
         garserve.load(mini_copy, "reference")
 
 
+@pytest.mark.parametrize("within", [None, "mllm_config"])
+def test_quantized_files_are_told_as_such(mini_copy: Path, within: str | None) -> None:
+    method = {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    edit_config(mini_copy, lambda d: (d if within is None else d[within]).update(method))
+    with pytest.raises(CheckpointError, match=r"config\.json: quantization_config: expected weights as they were"):
+        Checkpoint.open(mini_copy)
+
+
 def test_weights_of_another_kind(mini_copy: Path) -> None:
     edit(mini_copy, lambda t: t.update({EMBEDDINGS: t[EMBEDDINGS].to(torch.int8)}))
     with pytest.raises(CheckpointError, match=r"embed_tokens.weight: expected one of F32, BF16, F16, got I8"):

@@ -9,19 +9,19 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from garserve.batch.journal import read_rows
-from garserve.batch.row_images import RowImages, row_masks, thumbnail
+from garserve.batch.row_images import RowImages, Shown, row_masks, thumbnail
 from garserve.errors import GarserveError, RequestError
-from garserve.pictures import COLOURS
+from garserve.pictures import COLOURS, one_line
 
 _SIDE, _TEXT, _GAP = 300, 84, 12  # pixels: a picture's longer side, the room for its text, between the fields
 _ACROSS = 4
 _LINES, _CHARACTERS = 4, 46
 
 
-def write_contact_sheet(output: Path, target: Path, count: int, *, seed: int = 0, folder: Path | None = None) -> int:
-    """Draw `count` rows of an output, chosen evenly at random, into a PNG; return how many there are.
+def write_contact_sheet(output: Path, target: Path, count: int, *, seed: int = 0, folder: Path | None = None) -> Shown:
+    """Draw `count` rows of an output, chosen evenly at random, into a PNG; return what it shows.
 
-    Raises RequestError where the output has no rows or is none.
+    `folder` is where the pictures lie now. Raises RequestError where the output has no rows or is none.
     """
     chosen = _sample(output, count, random.Random(seed))
     if not chosen:
@@ -38,7 +38,7 @@ def write_contact_sheet(output: Path, target: Path, count: int, *, seed: int = 0
         sheet.save(target, "PNG")
     except OSError as error:
         raise GarserveError(f"contact sheet {target}: cannot be written ({error.strerror or error})") from None
-    return len(chosen)
+    return Shown(len(chosen), len(images.missing))
 
 
 def _sample(output: Path, count: int, chance: random.Random) -> list[dict[str, Any]]:
@@ -60,9 +60,8 @@ def _field(row: dict[str, Any], images: RowImages) -> Image.Image:
         field.paste(_tinted(thumbnail(image, _SIDE), row), (0, 0))
     pen = ImageDraw.Draw(field)
     text = str(row.get("text", f"error: {row.get('error')}"))
-    shown = "".join(one if one.isprintable() else "\N{REPLACEMENT CHARACTER}" for one in text)
-    lines = wrap(shown, _CHARACTERS, max_lines=_LINES - 1, placeholder=" ...") or ["(empty)"]
-    for number, line in enumerate([str(row["id"])[:_CHARACTERS], *lines]):
+    lines = wrap(one_line(text), _CHARACTERS, max_lines=_LINES - 1, placeholder=" ...") or ["(empty)"]
+    for number, line in enumerate([one_line(str(row["id"]))[:_CHARACTERS], *lines]):
         colour = "#777777" if number == 0 else "#c0392b" if "error" in row else "black"
         pen.text((0, _SIDE + 4 + 19 * number), line, colour, font=ImageFont.load_default(13))
     return field

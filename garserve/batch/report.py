@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from garserve.batch.journal import read_rows
-from garserve.batch.row_images import RowImages, row_masks, thumbnail
+from garserve.batch.row_images import RowImages, Shown, row_masks, thumbnail
 from garserve.errors import GarserveError, RequestError
 from garserve.inputs.shapes import Mask
 from garserve.pictures import COLOURS
@@ -62,8 +62,8 @@ class _Page:
         return len(self.pictures) - 1
 
 
-def write_report(output: Path, target: Path, *, limit: int = 10_000, folder: Path | None = None) -> int:
-    """Write one self-contained HTML file about the first `limit` rows of an output; return how many it shows.
+def write_report(output: Path, target: Path, *, limit: int = 10_000, folder: Path | None = None) -> Shown:
+    """Write one self-contained HTML file about the first `limit` rows of an output; return what it shows.
 
     `folder` is where the pictures lie now. Raises RequestError where the output has no rows or is none.
     """
@@ -82,7 +82,7 @@ def write_report(output: Path, target: Path, *, limit: int = 10_000, folder: Pat
         target.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise GarserveError(f"report {target}: cannot be written ({error.strerror})") from None
-    return len(page.rows)
+    return Shown(len(page.rows), len(page.images.missing))
 
 
 def _fill(template: str, output: Path, page: _Page, counts: Counter[str]) -> str:

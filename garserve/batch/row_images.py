@@ -7,7 +7,7 @@ from contextlib import suppress
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +20,25 @@ from garserve.inputs.images import load_image
 from garserve.inputs.shapes import Mask
 
 _FILES = 4  # tars, and files of Parquet, of which is kept what they hold
+_NO_FILE = "data URL"  # what rows call a picture that came within its request
+
+
+class Shown(NamedTuple):
+    """What of an output is shown: its rows, and how many pictures that they name could not be read."""
+
+    rows: int
+    missing: int
 
 
 class RowImages:
-    """Reads the pictures of rows; what it has seen of a tar or a Parquet file is kept for the rows that follow."""
+    """Reads the pictures of rows; what it has seen of a tar or a Parquet file is kept for the rows that follow.
+
+    `missing` holds the names of files that could not be read.
+    """
 
     def __init__(self, folder: Path | None = None) -> None:
         """Take the folder in which pictures lie now, if not where they were."""
+        self.missing: set[str] = set()
         self._folder = folder
         self._members = lru_cache(_FILES)(_tar_members)
         self._parquet = lru_cache(_FILES)(_parquet_file)
@@ -34,6 +46,12 @@ class RowImages:
 
     def read(self, name: str) -> NDArray[np.uint8] | None:
         """Return a row's picture as RGB uint8 [H, W, 3]; None where it is gone or was never a file."""
+        image = self._read(name)
+        if image is None and name != _NO_FILE:
+            self.missing.add(name)
+        return image
+
+    def _read(self, name: str) -> NDArray[np.uint8] | None:
         container, inside, member = name.rpartition("::")
         path = Path(container if inside else name)
         if self._folder is not None:

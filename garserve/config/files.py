@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from garserve.config.gar import ARCHITECTURES, BoxScale, GARConfig, VisionConfig
-from garserve.errors import CheckpointError
+from garserve.errors import CheckpointError, first_line
 
 
 class _Strict(BaseModel):
@@ -88,13 +88,26 @@ class _Preprocessor(_Strict):
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file of a checkpoint; CheckpointError names the file when it is missing or broken."""
+    """Read a JSON file of a checkpoint; CheckpointError names the file when it is missing, unreadable or broken."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint file missing: {path}") from None
+    except OSError as error:
+        raise unreadable(path, error) from None
     except (ValueError, RecursionError) as error:  # syntax, encoding, numbers of thousands of digits
         raise CheckpointError(f"checkpoint file {path} is not JSON: {error}") from None
+
+
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """Return the error for a file of a checkpoint that is there and that the system does not let be read."""
+    return CheckpointError(f"checkpoint file {path} cannot be read ({reason(error)})")
+
+
+def reason(error: Exception) -> str:
+    """Return the system's words for what it refused, "permission denied"; where there are none, the message."""
+    words = getattr(error, "strerror", None)
+    return words.lower() if words else first_line(error)
 
 
 _Model = TypeVar("_Model", bound=BaseModel)

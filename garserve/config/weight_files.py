@@ -4,7 +4,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from garserve.config.files import read_json
+from garserve.config.files import read_json, unreadable
 from garserve.errors import CheckpointError
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -13,8 +13,8 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 def locate_tensors(folder: Path) -> dict[str, Path]:
     """Map each tensor's name to the file that holds it: those of the index, or those of `model.safetensors`.
 
-    Raises CheckpointError where a file is missing or broken, where the index does not tell the truth, or where other
-    weights lie beside, which vLLM would load too, or instead.
+    Raises CheckpointError where a file is missing, unreadable or broken, where the index does not tell the truth, or
+    where other weights lie beside, which vLLM would load too, or instead.
     """
     index, single = folder / _INDEX, folder / _SINGLE
     if index.is_file():
@@ -59,11 +59,15 @@ def _refuse_others(folder: Path, known: set[Path], pattern: str) -> None:
 
 
 def _names_in(paths: set[Path]) -> dict[str, Path]:
+    """Return which file holds each tensor. Each file is opened plainly first: safetensors says of one that may not be
+    read that it is not there.
+    """
     names: dict[str, Path] = {}
     for path in sorted(paths):
         if not path.is_file():
             raise CheckpointError(f"checkpoint file missing: {path}")
         try:
+            path.open("rb").close()
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
                     if name in names:
@@ -71,4 +75,6 @@ def _names_in(paths: set[Path]) -> dict[str, Path]:
                     names[name] = path
         except SafetensorError as error:
             raise CheckpointError(f"{path} is not a safetensors file ({error})") from None
+        except OSError as error:
+            raise unreadable(path, error) from None
     return names

@@ -101,9 +101,10 @@ class Processor:
         """Read the tokenizer; `kept_images` most recent images stay tiled, so that their next request is cheap.
 
         `fingerprint` tells that of the checkpoint's vision half when an encoded image is to be held against it.
+        Raises RequestError for a `max_num_tiles` that is no int of 1 to 36.
         """
-        if max_num_tiles is not None and not 1 <= max_num_tiles <= 36:
-            raise RequestError(f"max_num_tiles: expected 1 to 36, got {max_num_tiles}")
+        if max_num_tiles is not None:
+            _check_tiles(max_num_tiles)
         self.config = config
         self.max_num_tiles = max_num_tiles or config.max_num_tiles
         self.tokenizer = GARTokenizer(folder / "tokenizer.json", config)
@@ -222,6 +223,13 @@ class Processor:
             made.set_exception(error)
             raise
         return kept.result()
+
+
+def _check_tiles(most: object) -> None:
+    if type(most) is not int:
+        raise RequestError(f"max_num_tiles: expected a whole number of 1 to 36, got {most!r:.80}")
+    if not 1 <= most <= 36:
+        raise RequestError(f"max_num_tiles: expected 1 to 36, got {most}")
 
 
 def draw_masks(regions: Sequence[Region], height: int, width: int) -> list[Mask]:

@@ -39,9 +39,9 @@ class Region:
     def from_mask(mask: NDArray[Any] | Image.Image | str | os.PathLike[str], *, value: float | None = None) -> "Region":
         """Use a binary mask of the image's size: array [H, W] (non-zero is inside), PIL image or image file.
 
-        Of an image with an alpha channel in which some pixel is fully transparent, the alpha is the mask. In a JPEG,
-        128 and more is inside: compression leaves noise. With `value`, only that value is inside, whatever the others
-        are (of a palette picture: that index).
+        Of an image with an alpha channel in which some pixel is fully transparent, the alpha is the mask. In a JPEG, an
+        AVIF or a lossy WebP, 128 and more is inside: compression leaves noise. With `value`, only that value is inside,
+        whatever the others are (of a palette picture: that index).
         """
         return Region(MaskShape(mask, value))
 

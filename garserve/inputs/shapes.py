@@ -13,6 +13,7 @@ from pycocotools import mask as coco
 
 from garserve.errors import ImageError, RegionError
 from garserve.inputs.images import decoded, load_mask
+from garserve.inputs.mask_picture import picture_labels, picture_mask
 from garserve.inputs.rle import decode_rle
 
 Box = tuple[float, float, float, float]
@@ -22,8 +23,6 @@ Mask = NDArray[np.bool_]
 _EDGE_TOLERANCE = 1.0
 # Pixels of a stroke that are looked at together: four float64 for each are held meanwhile.
 _STROKE_BLOCK = 1 << 20
-# Formats whose compression leaves noise around shapes (MPO is several JPEGs in a file), and what is inside there.
-_LOSSY, _HALF = ("JPEG", "MPO"), 128
 
 
 class Shape(Protocol):
@@ -57,19 +56,22 @@ class MaskShape:
 
     def array(self) -> Mask:
         """Return the mask bool [H, W] at its own size; RegionError where it is none."""
-        source = self.source
-        if isinstance(source, str | os.PathLike):
-            try:
-                source = load_mask(source)
-            except ImageError as error:
-                raise RegionError(f"{self.kind}: {error}") from None
-        if isinstance(source, Image.Image):
-            picture = decoded(source)
-            return _mask_of_image(picture) if self.value is None else _labels(picture) == self.value
+        if isinstance(self.source, str | os.PathLike | Image.Image):
+            picture, path = self._picture()
+            return picture_mask(picture, path) if self.value is None else picture_labels(picture) == self.value
         array = self._numbers()
         if self.value is not None:
             return np.asarray(array == self.value)
         return array if array.dtype == np.bool_ else array != 0
+
+    def _picture(self) -> tuple[Image.Image, str | os.PathLike[str]]:
+        """Return the decoded picture, and the path of its file; "" where that is not known."""
+        if isinstance(self.source, Image.Image):
+            return decoded(self.source), getattr(self.source, "filename", "")
+        try:
+            return load_mask(self.source), self.source
+        except ImageError as error:
+            raise RegionError(f"{self.kind}: {error}") from None
 
     def _numbers(self) -> NDArray[Any]:
         try:
@@ -87,49 +89,6 @@ class MaskShape:
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise RegionError(f"{self.kind}: holds NaN or infinite values")
         return array
-
-
-def _labels(picture: Image.Image) -> NDArray[Any]:
-    """Return a picture's values [H, W], a palette's indices; RegionError where it has none, or none that are exact."""
-    if len(picture.getbands()) > 1:
-        raise RegionError(f"mask: value: expected a grey or palette picture, got mode {picture.mode}")
-    if picture.format in _LOSSY:
-        raise RegionError(f"mask: value: expected a format that keeps values, such as PNG, got {picture.format}")
-    return np.asarray(picture)
-
-
-def _mask_of_image(image: Image.Image) -> Mask:
-    if image.mode == "P" and (marked := _mask_of_palette(image)) is not None:
-        return marked
-    if image.mode in ("RGBA", "LA", "PA"):
-        if (marked := _mask_of_alpha(image)) is not None:
-            return marked
-        image = image.convert("RGB")
-    array = np.asarray(image)
-    if array.ndim == 3:
-        if (array != array[..., :1]).any():
-            raise RegionError("mask: expected a grey, black-and-white or palette picture, got a coloured one")
-        array = array[..., 0]
-    return np.asarray(array >= _HALF if image.format in _LOSSY else array != 0)
-
-
-def _mask_of_alpha(image: Image.Image) -> Mask | None:
-    """What is not fully transparent; None where nothing is, so that alpha marks nothing."""
-    alpha = np.asarray(image.getchannel("A"))
-    return np.asarray(alpha != 0) if (alpha == 0).any() else None
-
-
-def _mask_of_palette(image: Image.Image) -> Mask | None:
-    """What is not fully transparent, or not black; None where index 0 is outside, as in pictures of labels.
-
-    A palette may have its colours in any order: it was made to hold them, not to say what is inside.
-    """
-    if "transparency" in image.info and (marked := _mask_of_alpha(image.convert("RGBA"))) is not None:
-        return marked
-    colours = np.asarray(image.getpalette("RGB") or (), dtype=np.uint8).reshape(-1, 3)
-    black = np.flatnonzero(~colours.any(axis=1))
-    outside = np.isin(np.asarray(image), black)
-    return ~outside if len(colours) and colours[0].any() and outside.any() else None
 
 
 def _check_pixels(kind: str, coordinates: Sequence[float]) -> None:

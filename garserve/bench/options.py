@@ -1,0 +1,52 @@
+"""Options that verbs of `garserve bench` share, checked and told; for `cli_bench.py`, so nothing heavy is imported."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from garserve.bench.kinds import HELP, Kind
+from garserve.errors import RequestError
+
+KindOption = Annotated[Kind, typer.Option("--workload", help=HELP)]
+ImagesOption = Annotated[int, typer.Option(min=1, help="Number of images.")]
+SizeOption = Annotated[str, typer.Option(metavar="WIDTHxHEIGHT", help="Size of the images in pixels.")]
+RegionsOption = Annotated[
+    Path | None,
+    typer.Option(help='File of real masks, in the place of --workload: lines {"image": path, "regions": [...]}.'),
+]
+AnswerOption = Annotated[int, typer.Option("--max-tokens", min=1, help="Longest answer in tokens.")]
+GroupOption = Annotated[int, typer.Option(min=1, max=5, help="Regions of a dense image that share one mask.")]
+RoundsOption = Annotated[int, typer.Option(min=1, help="Runs, of which the median is shown.")]
+SaveOption = Annotated[Path | None, typer.Option("--save", help="Write the figures here as JSON.")]
+DtypeOption = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Dtype of the features.")]
+
+
+def refuse(context: typer.Context, names: Sequence[str], reason: str) -> None:
+    """Raise RequestError for an option that was given and would do nothing."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            raise RequestError(f"--{name}: expected it {reason}, got {context.params[name]!r:.40}")
+
+
+def check_targets(*targets: Path | None) -> None:
+    """Raise RequestError for a file that could not be written, before anything is measured for it."""
+    for target in targets:
+        if target is None:
+            continue
+        if not target.parent.is_dir():
+            raise RequestError(f"{target}: no such folder: {target.parent}")
+        if target.exists() and (target.is_dir() or not os.access(target, os.W_OK)):
+            raise RequestError(f"{target}: expected a file that can be written")
+        if not target.exists() and not os.access(target.parent, os.W_OK):
+            raise RequestError(f"{target}: expected a folder that can be written to")
+
+
+def chosen(tiles: int | None, cache_gb: float | None, engine: list[str] | None, tokens: int) -> str:
+    """Return what of an engine's and an answer's options was chosen, for the conditions of figures."""
+    given = {"--max-num-tiles": tiles, "--tile-cache-gb": cache_gb, "--max-tokens": tokens}
+    told = [f"{name} {value}" for name, value in given.items() if value is not None]
+    return ", ".join(["", *told, *(f"--engine-option {one}" for one in engine or [])])
