@@ -204,7 +204,7 @@ def _texts() -> dict[str, Case]:
         "no messages": messages_case([], "messages"),
         "an image of the system": messages_case([{"role": "system", "content": [picture]}, turn], "messages[0]"),
         "an image of the assistant": messages_case([turn, {"role": "assistant", "content": [picture]}], "one image"),
-        "the assistant's turn last": messages_case([turn, {"role": "assistant", "content": "."}], "turns"),
+        "the assistant's turn last": messages_case([turn, {"role": "assistant", "content": "."}], "messages: the"),
         "two answers": messages_case([turn, *[{"role": "assistant", "content": "."}] * 2, turn], "messages: expected"),
         "an unknown role": messages_case([{"role": "tool", "content": "."}], "messages.0.role"),
         "an unknown part": messages_case([{"role": "user", "content": [{"type": "input_audio"}]}], "messages.0"),
