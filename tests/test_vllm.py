@@ -34,18 +34,18 @@ class Watch:
         self.driver = engine.backend.driver  # type: ignore[attr-defined]
         self.items: list[int] = []  # tiles of each item encoded
         model = self.driver.call(lambda e: e.model_executor.driver_worker.get_model())
-        self._encoder, self._original = model.encoder, model.encoder.encode
+        self._encoder, self._original = model.encoder, model.encoder.forward
 
     def __enter__(self) -> "Watch":
         def encode(items: list[Any]) -> Any:
             self.items += [0 if item.roi else len(item.tiles) for item in items]
             return self._original(items)
 
-        self._encoder.encode = encode
+        self._encoder.forward = encode
         return self
 
     def __exit__(self, *_: object) -> None:
-        del self._encoder.encode
+        del self._encoder.forward
 
     @property
     def held(self) -> set[str]:
