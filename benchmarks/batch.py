@@ -38,9 +38,10 @@ FORMS = {  # size of a group, least distance of its regions
     "group 1": (1, GAP),
     "group 4": (4, GAP),
     "group 4, gap 0": (4, 0.0),
+    "group 5, gap 0": (5, 0.0),
 }
 
-_RATIO, _COUNTED = "group 1 / loop of describe", "GAR-1B, tokens counted"
+_RATIOS, _COUNTED = "regions/s against the loop of describe", "GAR-1B, tokens counted"
 
 
 def main(
@@ -68,7 +69,7 @@ def main(
             _compare(runs["group 1"][-1], loops[-1])
     figures: dict[str, Any] = {name: _figures(made, data) for name, made in runs.items()}
     figures["loop of describe"] = {"regions": len(ids), **_rates(loops)}
-    figures[_RATIO] = _ratio([run.totals for run in runs["group 1"]], loops)
+    figures[_RATIOS] = {name: _ratio([run.totals for run in made], loops) for name, made in runs.items()}
     figures[_COUNTED] = released_shape({name: made[0].sizes.values() for name, made in runs.items()})
     _print(figures)
     if save_results:
@@ -158,14 +159,16 @@ def _ratio(batches: Sequence[Totals], loops: Sequence[Loop]) -> dict[str, Any]:
 
 
 def _print(figures: dict[str, dict[str, Any]]) -> None:
-    shown = {name: values for name, values in figures.items() if name not in (_RATIO, _COUNTED)}
+    shown = {name: values for name, values in figures.items() if name not in (_RATIOS, _COUNTED)}
     table = Table("", *shown)
     for key in next(iter(shown.values())):
         table.add_row(key, *(str(values.get(key, "")) for values in shown.values()))
     console = Console()
     console.print(table)
-    one, ratio = figures["group 1"], figures[_RATIO]
-    console.print(f"batch against the loop: {ratio['median']} x regions/s, median of {ratio['rounds']} rounds in turns")
+    for name, ratio in figures[_RATIOS].items():
+        told = f"{ratio['median']} x regions/s, median of {ratio['rounds']} rounds in turns"
+        console.print(f"{name} against the loop of describe: {told}")
+    one = figures["group 1"]
     for name in list(FORMS)[1:]:
         ratio = one["prefilled_tokens_per_region"] / figures[name]["prefilled_tokens_per_region"]
         points = figures[name]["true_attributes_all"] - one["true_attributes_all"]
