@@ -1,6 +1,5 @@
 """Pictures of regions and what was said about them (floor 5)."""
 
-import os
 import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from garserve.errors import GarserveError
 from garserve.inputs.shapes import Mask
+from garserve.targets import unwritable
 
 if TYPE_CHECKING:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -90,10 +90,8 @@ def check_target(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise GarserveError(f"picture {path}: its folder cannot be made ({error.strerror or error})") from None
-    if path.exists() and (path.is_dir() or not os.access(path, os.W_OK)):
-        raise GarserveError(f"picture {path}: expected a file that can be written")
-    if not path.exists() and not os.access(path.parent, os.W_OK):
-        raise GarserveError(f"picture {path}: expected a folder that can be written to")
+    if wrong := unwritable(path):
+        raise GarserveError(f"picture {path}: {wrong}")
 
 
 def one_line(text: str) -> str:

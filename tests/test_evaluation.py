@@ -248,7 +248,7 @@ def test_counts_are_judgements(mini: Path, tmp_path: Path) -> None:
     ("arguments", "error", "message"),
     [
         (["--ablation", "mask"], RequestError, "--ablation: expected --backend reference, got vllm"),
-        (["--answers", "/nowhere/a.jsonl"], InputError, "/nowhere/a.jsonl: expected a folder that can be written to"),
+        (["--answers", "/nowhere/a.jsonl"], InputError, "/nowhere/a.jsonl: no such folder: /nowhere"),
         (["--answers", "/"], InputError, "/: expected a file that can be written"),
     ],
 )

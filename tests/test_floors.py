@@ -14,6 +14,7 @@ FLOORS = {
     "garserve": 0,  # the package itself: lazy names only
     "garserve.errors": 0,
     "garserve.openmp": 0,
+    "garserve.targets": 0,
     "garserve.config": 1,
     "garserve.presets": 1,
     "garserve.generation": 1,

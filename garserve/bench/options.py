@@ -1,6 +1,5 @@
 """Options that verbs of `garserve bench` share, checked and told; for `cli_bench.py`, so nothing heavy is imported."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,6 +8,7 @@ import typer
 
 from garserve.bench.kinds import HELP, Kind
 from garserve.errors import RequestError
+from garserve.targets import unwritable
 
 KindOption = Annotated[Kind, typer.Option("--workload", help=HELP)]
 ImagesOption = Annotated[int, typer.Option(min=1, help="Number of images.")]
@@ -35,14 +35,8 @@ def refuse(context: typer.Context, names: Sequence[str], reason: str) -> None:
 def check_targets(*targets: Path | None) -> None:
     """Raise RequestError for a file that could not be written, before anything is measured for it."""
     for target in targets:
-        if target is None:
-            continue
-        if not target.parent.is_dir():
-            raise RequestError(f"{target}: no such folder: {target.parent}")
-        if target.exists() and (target.is_dir() or not os.access(target, os.W_OK)):
-            raise RequestError(f"{target}: expected a file that can be written")
-        if not target.exists() and not os.access(target.parent, os.W_OK):
-            raise RequestError(f"{target}: expected a folder that can be written to")
+        if target is not None and (wrong := unwritable(target)):
+            raise RequestError(f"{target}: {wrong}")
 
 
 def chosen(tiles: int | None, cache_gb: float | None, engine: list[str] | None, tokens: int) -> str:

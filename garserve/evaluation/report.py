@@ -1,7 +1,6 @@
 """Results of an evaluation as a table, as JSON, and answer by answer."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from garserve.errors import InputError
 from garserve.evaluation.run import Evaluation
+from garserve.targets import unwritable
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,8 @@ def json_report(results: Mapping[str, Evaluation], conditions: Conditions) -> di
 
 def check_target(path: Path) -> None:
     """Check that a file can be written; InputError where not."""
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path}: expected a folder that can be written to")
-    if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
-        raise InputError(f"{path}: expected a file that can be written")
+    if wrong := unwritable(path):
+        raise InputError(f"{path}: {wrong}")
 
 
 def write_answers(path: Path, evaluation: Evaluation) -> None:
