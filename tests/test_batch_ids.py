@@ -17,6 +17,7 @@ from garserve.batch.ledger import Ledger
 from garserve.batch.pool import WorkerPool
 from garserve.batch.prepare import Preparation
 from garserve.batch.record import Record
+from garserve.batch.report import write_report
 from garserve.batch.selection import Selection
 from garserve.batch.sources import open_source
 from garserve.batch.temporary import SpaceError, temporary_space
@@ -146,3 +147,13 @@ def test_errors_that_are_not_of_temporary_space_stay_what_they_are(tmp_path: Pat
     (tmp_path / "c.json").write_text('{"images": [{"id": 1}], "annotations": [{"id": 1,')
     with pytest.raises(RequestError, match="not JSON"):
         list(source_coco.CocoSource(tmp_path / "c.json", source_coco.Reading()).records())
+
+
+def test_a_page_has_ids_to_the_last_digit(tmp_path: Path) -> None:
+    """A browser's numbers end at 2**53."""
+    ids = [2**53 + 1, 7, "r1"]
+    out = write_lines(tmp_path / "out.jsonl", [{"id": one, "text": "A cup."} for one in ids])
+    write_report(out, page := tmp_path / "page.html")
+    (line,) = (line for line in page.read_text().splitlines() if line.startswith('<script type="application/json"'))
+    shown = json.loads(line.partition(">")[2].removesuffix("</script>"))["rows"]
+    assert [row["id"] for row in shown] == ["9007199254740993", "7", "r1"]

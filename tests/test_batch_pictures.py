@@ -18,7 +18,7 @@ from garserve.batch.sources import detect, open_source
 from garserve.batch.wire import bundle_messages, read_bundle
 from garserve.inputs import images
 from tests.batch_data import rows, run_echo
-from tests.test_batch_reading import BOX, parquet_writer, write_tar
+from tests.test_batch_reading import BOX, asked, parquet_writer, write_tar
 
 W, H = 60, 40
 ORIENTATION = 0x0112
@@ -140,6 +140,23 @@ def test_a_mask_counts_wherever_it_stands_in_a_sample(tmp_path: Path, order: str
     assert [one.regions for one in open_source(path).records()] == [(BOX,)], "regions of its own come first"
 
 
+def test_samples_whose_files_lie_apart_say_so(tmp_path: Path) -> None:
+    """As `tar -cf` has them, in the disk's order."""
+    apart = "files of a sample have to follow one another (tar --sort=name)"
+    files = {f"x/{number}.{kind}": b"{}" for kind in ("jpg", "json", "MASK.png") for number in range(2)}
+    path = write_tar(tmp_path / "a.tar", files | {"2.jpg": b"photo", "2.json": b"{}"})
+    found = {str(record.key): str(record.error) for record in asked(path)}
+    together = found.pop("a/2")
+    assert "regions: Field required" in together
+    assert apart not in together
+    for number in range(2):
+        name = f"x/{number}"
+        assert found.pop(f"a/{name}.jpg") == f"expected NAME.json or NAME.mask.png among ['{name}.jpg']; {apart}"
+        assert found.pop(f"a/{name}") == f"expected an image among ['{name}.json']; {apart}"
+        assert found.pop(f"a/{name}.mask.png") == f"expected an image among ['{name}.MASK.png']; {apart}"
+    assert found == {}
+
+
 def test_shards_do_not_depend_on_where_the_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = parquet_writer()
     (tmp_path / "data").mkdir()
@@ -183,3 +200,26 @@ def test_masks_without_a_picture_are_errors(tmp_path: Path) -> None:
     good, bad = open_source(tmp_path).records()
     assert (good.key, good.error) == ("a", None)
     assert (bad.key, bad.error) == ("b", f"image: no picture of this name in {tmp_path / 'images'}")
+
+
+@pytest.mark.parametrize("folders", [("", ""), ("images", "masks")])
+def test_masks_named_in_capitals(tmp_path: Path, folders: tuple[str, str]) -> None:
+    pictures, masks = (tmp_path / folder for folder in folders)
+    for folder in (pictures, masks):
+        folder.mkdir(exist_ok=True)
+    for name in ("a.JPG", "b.jpg"):
+        Image.new("L", (9, 9)).save(pictures / name, "JPEG")
+    for name in ("a.PNG", "b.Png"):
+        Image.new("L", (9, 9), 255).save(masks / name, "PNG")
+    found = [(record.key, record.error, record.regions) for record in asked(tmp_path, Format.folder)]
+    assert found == [("a", None, ({"mask": str(masks / "a.PNG")},)), ("b", None, ({"mask": str(masks / "b.Png")},))]
+
+
+def test_a_mask_named_in_capitals_is_not_taken_where_there_is_another(tmp_path: Path) -> None:
+    for name in ("images/a.jpg", "masks/a.PNG", "masks/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (9, 9), 255).save(tmp_path / name, "PNG")
+    if len(os.listdir(tmp_path / "masks")) == 1:
+        pytest.skip("the disk does not tell capitals apart")
+    (record,) = open_source(tmp_path).records()
+    assert record.regions == ({"mask": str(tmp_path / "masks" / "a.png")},)

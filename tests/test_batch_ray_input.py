@@ -1,6 +1,7 @@
 """How `--ray` reads its input, and what it makes of a reader that fails: a job with all of Ray's parts but Ray."""
 
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import datetime
@@ -14,7 +15,7 @@ import pytest
 from garserve.batch import ray_input, ray_job
 from garserve.batch.bundles import Bundle
 from garserve.batch.journal import part_paths, read_rows
-from garserve.batch.limits import Limits
+from garserve.batch.limits import Halt, Limits
 from garserve.batch.parts import read_manifest
 from garserve.batch.prepare import Preparation
 from garserve.batch.ray_cluster import Engines, Placement
@@ -166,6 +167,28 @@ def test_a_reader_that_dies_writes_no_error_rows(plan: Plan, monkeypatch: pytest
     assert one.job.stop.reason == "Ray: what reads the input died, in 3 passes"
     assert 0 < len(found) < COUNT
     assert not [row for row in found.values() if "error" in row]
+
+
+def test_a_pass_that_ends_early_leaves_its_thread_without_a_word(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Cluster(plan, monkeypatch)
+    threads: list[threading.Thread] = []
+    ended = threading.Event()
+    told: list[Any] = []
+
+    def batches(**_: Any) -> Iterator[dict[str, Any]]:
+        threads.append(threading.current_thread())
+        one.job.stop.tell("enough", Halt.now)
+        ended.wait()
+        yield {"row": SimpleNamespace(to_pylist=list)}
+
+    dataset = SimpleNamespace(iter_batches=batches)
+    monkeypatch.setattr(RayJob, "_pipeline", lambda *_: (Actor(Control()), dataset))
+    monkeypatch.setattr(threading, "excepthook", told.append)
+    one.run()
+    ended.set()
+    threads[0].join()
+    assert told == []
+    assert one.job.stop.reason == "enough"
 
 
 def test_more_errors_than_allowed_stop_the_job_and_no_engine(

@@ -400,6 +400,29 @@ def test_cells_of_parquet_of_a_kind_that_no_field_takes(tmp_path: Path) -> None:
     assert [record.id for record in open_source(path).records()] == [None]
 
 
+def test_whole_numbers_of_parquet_that_are_written_as_fractions(tmp_path: Path) -> None:
+    """As pandas has a column with gaps."""
+    columns: dict[str, list[Any]] = {
+        "id": [7.0, None, float("nan"), 8.5, 2.0**53],
+        "image": ["a.png"] * 5,
+        "regions": [json.dumps([BOX])] * 5,
+        "max_tokens": [3.0, None, float("nan"), 3.0, 3.0],
+        "seed": [None, 4.0, 5.0, 5.0, 5.0],
+        "prompt_index": [None, 2.0, None, None, None],
+        "temperature": [1.0, None, 0.5, 1.0, 1.0],
+    }
+    *good, fraction, inexact = open_source(parquet_writer()(tmp_path / "a.parquet", columns)).records()
+    assert [(record.key, record.error) for record in good] == [(7, None), ("a-row-1", None), ("a-row-2", None)]
+    options = [dict(record.options) for record in good]
+    assert options == [
+        {"max_tokens": 3, "temperature": 1.0},
+        {"seed": 4, "prompt_index": 2},
+        {"seed": 5, "temperature": 0.5},
+    ]
+    assert {type(value) for one in options for name, value in one.items() if name != "temperature"} == {int}
+    assert [str(record.error).partition(".")[0] for record in (fraction, inexact)] == ["id"] * 2
+
+
 def test_a_broken_parquet_file_costs_one_row(tmp_path: Path) -> None:
     write = parquet_writer()
     columns = {"image": [f"{number}-{'x' * 200}.png" for number in range(6)], "regions": [json.dumps([BOX])] * 6}

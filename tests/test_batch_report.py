@@ -310,6 +310,45 @@ def test_pictures_that_were_moved_are_found_by_as_much_of_their_path_as_there_is
     assert [shown(images, name) for name in names] == [0, 1, 1, 2, None]
 
 
+def write_containers(folder: Path) -> None:
+    """Write pictures of the values 1 to 3: in a tar, in a tar below a folder with "::", and as a file there."""
+    inner = folder / "a::b"
+    inner.mkdir(parents=True)
+    for path, member, value in ((folder / "UP.TAR", "x/1.png", 1), (inner / "c.tar", "x::y.png", 2)):
+        with tarfile.open(path, "w") as shard:
+            content = picture_bytes(value)
+            info = tarfile.TarInfo(member)
+            info.size = len(content)
+            shard.addfile(info, io.BytesIO(content))
+    (inner / "3.png").write_bytes(picture_bytes(3))
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_pictures_below_odd_names_are_found(tmp_path: Path, moved: bool) -> None:
+    write_containers(tmp_path / "set")
+    images = RowImages(tmp_path) if moved else RowImages()
+    before = "/gone/set" if moved else tmp_path / "set"
+    names = ("UP.TAR::x/1.png", "a::b/c.tar::x::y.png", "a::b/3.png", "UP.TAR::x/2.png", "a::b/4.png")
+    assert [shown(images, f"{before}/{name}") for name in names] == [1, 2, 3, None, None]
+
+
+def test_a_file_with_the_name_of_a_member_is_another_picture(tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(picture_bytes(1))
+    images = RowImages(tmp_path)
+    assert shown(images, "/gone/a.tar::x/1.png") is None
+    assert shown(images, "/gone/a::b/1.png") == 1
+
+
+def test_rows_of_parquet_whose_name_ends_in_capitals(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed (pip install garserve[parquet])")
+    import pyarrow.parquet as parquet
+
+    (tmp_path / "a::b").mkdir()
+    path = tmp_path / "a::b" / "A.PARQUET"
+    parquet.write_table(arrow.table({"image": [picture_bytes(number) for number in range(3)]}), path)
+    assert [shown(RowImages(), f"{path}::{number}") for number in range(4)] == [0, 1, 2, None]
+
+
 def test_a_report_of_an_output_that_is_gone(tmp_path: Path) -> None:
     target = tmp_path / "old.html"
     target.touch()

@@ -1,5 +1,6 @@
 """`--retry-errors`: what goes is asked again, or was repaired; error rows of another input stay."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from garserve.batch.parts import Parts
 from garserve.batch.source import Reading
 from tests.batch_data import plan_of, rows, run_echo, write_requests
 from tests.conftest import write_lines
+from tests.test_batch_reading import write_tar
 
 BOX = [1, 1, 20, 20]
 
@@ -89,3 +91,18 @@ def test_rows_of_pictures_whose_masks_were_missing_go(mini: Path, tmp_path: Path
     Image.fromarray(values).save(source / "a b.png")
     assert run_echo(source, out, mini, retry_errors=True).rows == 2
     assert {row["id"] for row in rows(out)} == {"a b:7", "a b:9"}
+
+
+def test_rows_of_samples_whose_files_lay_apart_go(mini: Path, tmp_path: Path) -> None:
+    picture = io.BytesIO()
+    Image.new("RGB", (30, 30)).save(picture, "PNG")
+    request = json.dumps({"regions": [BOX]}).encode()
+    content = {"png": picture.getvalue(), "mask.png": picture.getvalue(), "json": request}
+    files = {f"{name}.{kind}": content[kind] for kind in content for name in ("a 0", "b")}
+    source, out = tmp_path / "s.tar", tmp_path / "out.jsonl"
+    run_echo(write_tar(source, files), out, mini)
+    assert errors(out) == {f"s/{name}{kind}" for name in ("a 0", "b") for kind in (".png", ".mask.png", "")}
+    write_tar(source, dict(sorted(files.items())))
+    assert run_echo(source, out, mini, retry_errors=True).rows == 2
+    assert {row["id"] for row in rows(out)} == {"s/a 0", "s/b"}
+    assert errors(out) == set()

@@ -1,6 +1,8 @@
 """Which records of an input a job answers."""
 
 import math
+import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -13,7 +15,10 @@ from blake3 import blake3
 
 from garserve.batch.record import Record
 from garserve.errors import RegionError, RequestError
+from garserve.inputs.encoded import SUFFIX
 from garserve.inputs.rle import compressed_runs
+
+_PART = re.compile(r"([0-9]{1,18})/([0-9]{1,18})")  # int() would take other digits, too, and refuse thousands of them
 
 
 @dataclass(frozen=True)
@@ -26,15 +31,16 @@ class Shard:
     @classmethod
     def parse(cls, text: str) -> "Shard":
         """Read "i/n", i from 0; RequestError where it is not."""
-        first, slash, second = text.partition("/")
-        if slash and first.isdigit() and second.isdigit() and int(first) < int(second):
-            return cls(int(first), int(second))
+        parts = _PART.fullmatch(text)
+        if parts is not None and (index := int(parts[1])) < (count := int(parts[2])):
+            return cls(index, count)
         raise RequestError(f"--shard: expected i/n with i from 0 to n - 1, got {text!r:.80}")
 
     def holds(self, record: Record, folders: Sequence[Path] = ()) -> bool:
         """Say whether a record belongs to the shard: by a hash of its image, as bytes or by its name.
 
-        Of a path, what lies below the first of `folders` counts, so that each machine may have the data elsewhere.
+        Of a path, what lies below the first of `folders` counts, so that each machine may have the data elsewhere; of
+        one that was looked for in several folders, the name that the input states, so that it may also be missing.
         """
         image = record.image
         if isinstance(image, bytes):
@@ -42,7 +48,8 @@ class Shard:
         elif record.image_name == "data URL":
             name = str(image).encode("ascii", "replace")
         else:
-            name = _below(record.image_name or record.place, folders).encode("utf-8", "surrogatepass")
+            stated = None if record.stated_image is None else os.path.normpath(record.stated_image)
+            name = _below(stated or record.image_name or record.place, folders).encode("utf-8", "surrogatepass")
         return int.from_bytes(blake3(name).digest(8), "big") % self.count == self.index
 
 
@@ -103,9 +110,18 @@ class Filters:
         if (self.min_area is None and self.max_area is None) or record.area is not None or record.error is not None:
             return record
         try:
-            return replace(record, area=sum(map(region_area, record.regions)))
+            return replace(record, area=_area(record))
         except RequestError as error:
             return replace(record, error=str(error))
+
+
+def _area(record: Record) -> float | None:
+    """Return the area of a record's regions in pixels; None where it has none, which is refused when it is prepared."""
+    if record.regions:
+        return sum(map(region_area, record.regions))
+    if isinstance(record.image, str) and record.image.endswith(SUFFIX):
+        raise RequestError("area: not known for an encoded image; filter by area needs RLE, polygon or box")
+    return None
 
 
 def _below(name: str, folders: Sequence[Path]) -> str:

@@ -54,6 +54,7 @@ class Preparation:
             raise RequestError(f"--group-gap: expected 0 to 1, got {self.group_gap}")
         if self.question is not None and any(named[0] != "<Prompt0>" for named in PROMPT_NAME.finditer(self.question)):
             raise RequestError(f"--question: the one region of a record is <Prompt0>, got {self.question!r:.80}")
+        _check_defaults(self)
 
     def processor(self) -> Processor:
         """Read the checkpoint's processor; its weights are read only where an encoded image is held against them."""
@@ -69,6 +70,17 @@ class Preparation:
             return vision_fingerprint(Checkpoint.open(folder))
 
         return Processor(folder, config, max_num_tiles=self.max_num_tiles, fingerprint=fingerprint)
+
+
+def _check_defaults(how: Preparation) -> None:
+    """Check what records are asked with that say nothing else; RequestError names the option."""
+    names = ("question", "system", "max_tokens", "temperature")
+    options = {name: getattr(how, name) for name in names}
+    try:
+        RegionRequest("", [None], check_names=False, **options).check(prompt_count=1)
+    except RequestError as error:
+        name, told = str(error).split(":", 1)
+        raise RequestError(f"--{name.replace('_', '-')}:{told}") from None
 
 
 class Preparer:

@@ -24,7 +24,7 @@ from garserve.batch.temporary import SpaceError
 from garserve.batch.totals import Totals
 from garserve.checkpoint import TINY
 from garserve.engine import Engine
-from garserve.errors import GarserveError, RequestError
+from garserve.errors import RequestError
 
 _PASSES = 3  # over what has no row yet; all but the first are for what Ray lost, with less in a package
 _CALLS = 3  # packages that an engine works on at a time, so that it never runs dry
@@ -160,9 +160,9 @@ class RayJob:
 
         def pull() -> None:
             try:
-                for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-                    _put(tables, table, over)
-                _put(tables, None, over)
+                found = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+                if all(_put(tables, table, over) for table in found):
+                    _put(tables, None, over)
             except BaseException as error:  # handed over
                 _put(tables, error, over)
 
@@ -283,12 +283,12 @@ def _whole(checkpoint: str) -> str:
     return str(Path(checkpoint).absolute()) if checkpoint != TINY and Path(checkpoint).is_dir() else checkpoint
 
 
-def _put(tables: "queue.Queue[Any]", item: Any, over: threading.Event) -> None:
+def _put(tables: "queue.Queue[Any]", item: Any, over: threading.Event) -> bool:
     while not over.is_set():
         with suppress(queue.Full):
             tables.put(item, timeout=_POLL_SECONDS)
-            return
-    raise GarserveError("the job is over")
+            return True
+    return False
 
 
 def _first_line(error: BaseException) -> str:

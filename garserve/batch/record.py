@@ -42,6 +42,7 @@ class Record:
     area: float | None = None  # pixels, where the source says so
     size: tuple[int, int] | None = None  # width and height of the upright image, where the source says so
     error: str | None = None
+    stated_image: str | None = None  # what the input calls an image that was looked for in several folders
 
     @property
     def key(self) -> Id:

@@ -40,6 +40,8 @@ class _Page:
     def add(self, row: dict[str, Any]) -> None:
         """Add a row; a picture that several rows name is kept once."""
         shown = {name: row[name] for name in _KEPT if row.get(name) is not None}
+        if "id" in shown:
+            shown["id"] = str(shown["id"])  # JavaScript rounds numbers beyond 2**53
         name = row.get("image")
         if isinstance(name, str):
             shown["image"] = name

@@ -8,9 +8,10 @@ from typing import Any
 
 from garserve.batch.filters import Filters
 from garserve.batch.ledger import Ledger
-from garserve.batch.record import Id, Record
+from garserve.batch.record import Id, Member, Record
 from garserve.batch.selection import Selection
 from garserve.batch.source import Source
+from garserve.batch.source_webdataset import BESIDE
 
 _PART = re.compile(r" (?:annotation|value) ")  # of a picture: what stands behind it
 
@@ -41,6 +42,9 @@ def _ids(record: Record) -> set[Id]:
     """Return a record's id, and those that it, or the picture that it is a part of, had while it could not be read."""
     found = {record.key, record.place, replace(record, id=None).key}
     whole, *parts = _PART.split(record.place)
+    if isinstance(record.image, Member):
+        found.add(f"{PurePath(record.image.path).stem}/{record.image.name}")  # where files stood apart
+        found |= {f"{whole}{suffix}" for suffix in BESIDE}
     return found | ({whole, PurePath(whole).stem} if parts else set())
 
 

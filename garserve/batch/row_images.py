@@ -1,6 +1,7 @@
 """The pictures that rows of an output name: files, members of tar shards, rows of Parquet files."""
 
 import os
+import re
 import tarfile
 from bisect import bisect_right
 from contextlib import suppress
@@ -21,6 +22,7 @@ from garserve.inputs.shapes import Mask
 
 _FILES = 4  # tars, and files of Parquet, of which is kept what they hold
 _NO_FILE = "data URL"  # what rows call a picture that came within its request
+_CONTAINERS = (".tar", ".parquet")
 
 
 class Shown(NamedTuple):
@@ -52,16 +54,30 @@ class RowImages:
         return image
 
     def _read(self, name: str) -> NDArray[np.uint8] | None:
-        container, inside, member = name.rpartition("::")
-        path = Path(container if inside else name)
-        if self._folder is not None:
-            path = _moved(path, self._folder)
+        path, member = self._found(name)
         try:
-            if not inside:
+            if member is None:
                 return load_image(path)
-            return load_image(self._member(path, member) if path.suffix == ".tar" else self._cell(path, int(member)))
+            is_tar = path.suffix.lower() == ".tar"
+            return load_image(self._member(path, member) if is_tar else self._cell(path, int(member)))
         except (InputError, ValueError, LookupError, TypeError, OSError, NotImplementedError):
             return None
+
+    def _found(self, name: str) -> tuple[Path, str | None]:
+        """Return the file of a picture, and what is behind "::" where it lies in one; paths may have "::", too."""
+        if self._folder is None and os.path.isfile(name):
+            return Path(name), None
+        separators = [match.span() for match in re.finditer("::", name)]
+        for start, end in separators:
+            container = self._placed(name[:start])
+            if os.path.isfile(container):
+                return container, name[end:]
+        if any(name[:start].lower().endswith(_CONTAINERS) for start, _ in separators):
+            return Path(name), None  # of a container that is gone: a file with a member's name is another picture
+        return self._placed(name), None
+
+    def _placed(self, name: str) -> Path:
+        return Path(name) if self._folder is None else _moved(Path(name), self._folder)
 
     def _member(self, path: Path, name: str) -> bytes:
         offset, size = self._members(path)[name]

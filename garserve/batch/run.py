@@ -78,9 +78,10 @@ class Plan:
             output.drop_errors(lambda identity: asked.digest(identity) is not None)
 
     def _folders(self) -> tuple[Path, ...]:
-        beside = self.input if self.input.is_dir() else self.input.parent
-        named = [folder for folder in (self.reading.images, beside, beside.parent) if folder is not None]
-        return tuple(Path(os.path.abspath(folder)) for folder in named)
+        whole = Path(os.path.abspath(self.input))  # a bare name has no folder above its own
+        beside = whole if whole.is_dir() else whole.parent
+        images = () if self.reading.images is None else (Path(os.path.abspath(self.reading.images)),)
+        return (*images, beside, beside.parent)
 
     def description(self) -> dict[str, Any]:
         """Return what texts depend on."""

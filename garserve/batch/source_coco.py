@@ -34,6 +34,8 @@ SELECT annotations.number, annotations.data, images.name, images.spare, images.s
 FROM annotations LEFT JOIN images ON images.id = annotations.image ORDER BY images.rowid, annotations.number
 """
 
+_NO_NUMBERS = (b"NaN", b"Infinity", b"-Infinity")
+
 
 class _Image(NamedTuple):
     """What an annotation's image is called, and where it lies."""
@@ -105,7 +107,7 @@ def _record(place: str, image: _Image, data: dict[str, Any], categories: Mapping
         check_local("file_name", image.name)
         region = annotation_region(data)
     except InputError as error:
-        return Record(place, annotation_id(data), image_name=image.path, error=str(error))
+        return Record(place, annotation_id(data), image_name=image.path, error=str(error), stated_image=image.name)
     known = _key(data.get("category_id"))
     return Record(
         place=place,
@@ -115,6 +117,7 @@ def _record(place: str, image: _Image, data: dict[str, Any], categories: Mapping
         regions=(region,),
         category=categories.get(known, None if known == "null" else str(json.loads(known))),
         area=stated_area(data),
+        stated_image=image.name,
     )
 
 
@@ -126,7 +129,18 @@ def items(path: Path, prefix: str) -> Iterator[dict[str, Any]]:
             for one in ijson.items(file, prefix, use_float=True):
                 yield one if isinstance(one, dict) else {}
     except (ijson.JSONError, UnicodeDecodeError) as error:
-        raise RequestError(f"input {path}: not JSON ({' '.join(str(error).split())[:120]})") from None
+        raise RequestError(f"input {path}: {_refused(str(error))}") from None
+
+
+def _refused(complaint: str) -> str:
+    """Return what yajl complains of; in words of its own where it is a number that other parsers take."""
+    _, near, mark, *_ = [*complaint.splitlines(), "", "", ""]
+    where = f"near {near.strip()!r:.80}"
+    if "integer overflow" in complaint:
+        return f"a whole number has more than 63 bits, {where}; write such ids as texts"
+    if near.encode()[mark.find("^") - 1 :].startswith(_NO_NUMBERS):  # the mark counts bytes
+        return f"NaN and Infinity are no JSON, {where}; write null instead"
+    return f"not JSON ({' '.join(complaint.split())[:120]})"
 
 
 def skip_mark(file: BinaryIO) -> None:

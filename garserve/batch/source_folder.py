@@ -6,7 +6,7 @@ A mask of one value is one region. A palette picture, or a grey one of several v
 
 import os
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +40,22 @@ class FolderSource:
         names = [name for name in os.listdir(self._images) if os.path.splitext(name)[1].lower() in SUFFIXES]
         images = [self._images / name for name in sorted(names) if os.path.isfile(self._images / name)]
         stems = Counter(image.stem for image in images)
+        pngs = sorted(name for name in os.listdir(self._masks) if os.path.splitext(name)[1].lower() == ".png")
+        masks = {os.path.splitext(name)[0]: name for name in pngs}  # the last of .PNG, .Png and .png is .png
         for image in images:
-            mask = self._masks / f"{image.stem}.png"
+            mask = self._masks / masks.get(image.stem, f"{image.stem}.png")
             if mask != image:
                 yield from self._regions(image, mask)
             elif stems[image.stem] == 1:  # otherwise it is the mask of the picture beside it
                 error = "mask: expected a PNG of this name beside a picture of another format, or in masks/ (--masks)"
                 yield Record(image.name, image.stem, image_name=os.path.abspath(image), error=error)
         if self._masks != self._images:
-            yield from self._without_picture(stems)
+            yield from self._without_picture(pngs, stems)
 
-    def _without_picture(self, stems: Container[str]) -> Iterator[Record]:
-        for name in sorted(os.listdir(self._masks)):
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() == ".png" and stem not in stems and not name.startswith("."):
+    def _without_picture(self, pngs: Iterable[str], stems: Container[str]) -> Iterator[Record]:
+        for name in pngs:
+            stem = os.path.splitext(name)[0]
+            if stem not in stems and not name.startswith("."):
                 yield Record(name, stem, error=f"image: no picture of this name in {self._images}")
 
     def _regions(self, image: Path, mask: Path) -> Iterator[Record]:

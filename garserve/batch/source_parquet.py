@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,6 +21,8 @@ from garserve.batch.source_jsonl import category
 from garserve.errors import RequestError
 
 _ROWS = 64  # read at a time
+_WHOLE = ("id", "max_tokens", "seed", "prompt_index")  # as pandas has them where some are missing: as floats, with NaN
+_EXACT = 2**53  # below it every whole number has a float of its own
 
 
 class ParquetSource:
@@ -68,6 +71,8 @@ class ParquetSource:
                 yield Record(path.name, error=f"input {path}: broken after {number} rows ({error})")
 
     def _record(self, row: dict[str, Any], place: str, name: str) -> Record:
+        for field in _WHOLE:
+            row[field] = _whole(row.get(field))
         return record_or_error(partial(self._read, row, place, name), place, identity(row, "id"))
 
     def _read(self, row: dict[str, Any], place: str, name: str) -> Record:
@@ -90,6 +95,15 @@ def parquet_module() -> Any:
     except ImportError:
         raise RequestError("Parquet needs pyarrow: pip install 'garserve[parquet]'") from None
     return parquet
+
+
+def _whole(value: Any) -> Any:
+    """Return a float that is a whole number as that, NaN as None, and anything else as it is."""
+    if not isinstance(value, float):
+        return value
+    if math.isnan(value):
+        return None
+    return int(value) if value.is_integer() and abs(value) < _EXACT else value
 
 
 def _regions(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 NAME.json is a line of a requests file without "image"; with NAME.mask.png in place of "regions", it may be left out.
 It may also be what SA-1B says about an image. Shards are plain tar files, so that an image can be read where it lies.
+They are read once through, so files of a sample have to follow one another.
 """
 
 import base64
@@ -22,6 +23,8 @@ from garserve.batch.source_jsonl import line_record
 from garserve.batch.source_sa1b import annotation_records
 
 _MASK = ".mask.png"
+BESIDE = (".json", _MASK)  # of files that say something about the image of their name
+_APART = "files of a sample have to follow one another (tar --sort=name)"
 _BLOCK = tarfile.BLOCKSIZE
 _MAGIC = 257  # the byte of a header at which it calls itself one
 
@@ -80,8 +83,10 @@ def _sample_name(member: tarfile.TarInfo) -> str:
 def _sample(shard: tarfile.TarFile, path: Path, name: str, members: list[tarfile.TarInfo]) -> Iterator[Record]:
     place = f"{path.stem}/{name}"
     image, data, masked = None, {}, {}
+    suffixes = set()
     for member in members:
         suffix = member.name[len(name) :].lower()
+        suffixes.add(suffix)
         if suffix == ".json":
             try:
                 data = json.loads(_content(shard, member))
@@ -99,8 +104,15 @@ def _sample(shard: tarfile.TarFile, path: Path, name: str, members: list[tarfile
             image = Member(os.path.abspath(path), member.offset_data, member.size, member.name)
     if isinstance(data, dict):
         data = masked | data
+    names = [member.name for member in members]
+    # A picture or a mask alone is named by its file: the sample's name belongs to its JSON, which may stand elsewhere.
     if image is None:
-        yield Record(place, place, error=f"expected an image among {[member.name for member in members]!r:.120}")
+        lone = place + next((suffix for suffix in BESIDE if suffix in suffixes), min(suffixes))
+        key = place if ".json" in suffixes else lone
+        yield Record(lone, key, error=f"expected an image among {names!r:.120}; {_APART}")
+    elif suffixes.isdisjoint(BESIDE):
+        lone = f"{path.stem}/{image.name}"
+        yield Record(lone, lone, error=f"expected NAME.json or NAME{_MASK} among {names!r:.120}; {_APART}")
     elif _is_sa1b(data):
         name = f"{image.path}::{image.name}"
         yield from annotation_records(data["annotations"], place, image, name, stated_size(data["image"]))
