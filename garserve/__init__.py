@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from garserve.chat import Chat as Chat
     from garserve.client import AsyncClient as AsyncClient
     from garserve.client import Client as Client
+    from garserve.client_answers import RegionText as RegionText
     from garserve.client_answers import ServerError as ServerError
     from garserve.engine import Engine as Engine
     from garserve.engine import load as load
@@ -29,9 +30,12 @@ if TYPE_CHECKING:
     from garserve.errors import GarserveError as GarserveError
     from garserve.errors import InputError as InputError
     from garserve.errors import OnnxError as OnnxError
+    from garserve.errors import RegionError as RegionError
+    from garserve.errors import RequestError as RequestError
     from garserve.inputs.encoded import EncodedImage as EncodedImage
     from garserve.inputs.regions import Region as Region
     from garserve.inputs.request import RegionRequest as RegionRequest
+    from garserve.inputs.request import Turn as Turn
 
 _HOMES = {
     "Answer": "answers",
@@ -39,6 +43,7 @@ _HOMES = {
     "Chunk": "answers",
     "Client": "client",
     "AsyncClient": "client",
+    "RegionText": "client_answers",
     "ServerError": "client_answers",
     "Engine": "engine",
     "load": "engine",
@@ -47,8 +52,11 @@ _HOMES = {
     "EncodedImage": "inputs.encoded",
     "InputError": "errors",
     "OnnxError": "errors",
+    "RegionError": "errors",
+    "RequestError": "errors",
     "Region": "inputs.regions",
     "RegionRequest": "inputs.request",
+    "Turn": "inputs.request",
 }
 _NEED_TORCH = ("chat", "engine", "inputs.encoded", "inputs.request")
 __all__ = ["__version__", *_HOMES]

@@ -56,7 +56,7 @@ def serve(
     api_key_file: Annotated[
         Path | None,
         typer.Option(
-            help="File with keys, one a line (or GARSERVE_API_KEY). Then requests need one.", rich_help_panel=_ACCESS
+            help="File with keys, one a line, besides GARSERVE_API_KEY. Requests need one.", rich_help_panel=_ACCESS
         ),
     ] = None,
     max_queue: Annotated[
@@ -89,7 +89,13 @@ def serve(
     ] = 256,
     max_points: Annotated[int, typer.Option(min=3, help="Most points of a region.", rich_help_panel=_LIMITS)] = 10_000,
     prepare_threads: Annotated[
-        int, typer.Option(min=0, help="Threads that read images (default: half of the cores).", rich_help_panel=_LIMITS)
+        int,
+        typer.Option(
+            min=0,
+            help="Threads that read images (default: half of the cores, 2 to 8).",
+            show_default=False,
+            rich_help_panel=_LIMITS,
+        ),
     ] = 0,
     image_host: Annotated[
         list[str] | None,
@@ -133,7 +139,7 @@ def serve(
     }
     settings = replace(Settings.from_environment(given=chosen), **chosen)
     if api_key_file is not None:
-        settings = replace(settings, api_keys=_keys(api_key_file))
+        settings = replace(settings, api_keys=(*settings.api_keys, *_keys(api_key_file)))
     launch = Launch(
         checkpoint=checkpoint,
         settings=settings,

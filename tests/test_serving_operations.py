@@ -71,7 +71,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     keys = folder / "keys"
     keys.write_text("first-key\nsecond-key\n")
     options = ["--api-key-file", str(keys), "--max-queue", "3", "--request-seconds", str(REQUEST_SECONDS)]
-    with served(folder, *options) as running:
+    with served(folder, *options, environment={"GARSERVE_API_KEY": "third-key"}) as running:
         yield running
 
 
@@ -82,7 +82,7 @@ def test_keys(small: Served) -> None:
             answer = small.http.request(method, path, headers=headers)
             assert answer.status_code == 401
             assert answer.json()["error"]["code"] == "invalid_api_key"
-    for key in ("first-key", "second-key"):
+    for key in ("first-key", "second-key", "third-key"):
         assert small.http.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
     for path in ("/", "/page/index.html", "/health", "/ready", "/openapi.json"):
         assert small.http.get(path).status_code == 200
