@@ -34,7 +34,8 @@ from garserve.inputs.request import RegionRequest
 from garserve.inputs.tiles import choose_grid
 from garserve.model.random_checkpoint import write_random_checkpoint
 
-_MAX_TOKENS, _PEER_REGIONS, _BATCH = 48, 5, 4  # what a title leaves out, for other figures say so in theirs
+# What a title leaves out, for other figures say so in theirs; the batch is of whole groups (`_usual_batch`).
+_MAX_TOKENS, _PEER_REGIONS, _LEAST_BATCH = 48, 5, 4
 _SIZES = {"tiny": (640, 480), "GAR-1B": (1792, 1792)}
 console = Console()
 
@@ -81,7 +82,14 @@ def main(
     images: Annotated[int, typer.Option(min=1, help="Images of a round; no round has those of another.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that are counted.")] = 5,
     peer_regions: Annotated[int, typer.Option(min=1, help="Requests that a peer answers in a round.")] = _PEER_REGIONS,
-    batch: Annotated[int, typer.Option(min=0, help="Batch size of the careful user; 0 leaves the peer out.")] = _BATCH,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Batch size of the careful user, a multiple of --group; 0 leaves the peer out (default: the least one "
+            f"from {_LEAST_BATCH} on).",
+        ),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = _MAX_TOKENS,
     tile_reuse: Annotated[bool, typer.Option(help="Without: what vLLM's own features give, no tile kept.")] = True,
     apart: Annotated[
@@ -93,6 +101,7 @@ def main(
 ) -> None:
     """Compare and print."""
     _refuse_ignored(model, workload, depth=depth, layers=layers, regions=regions)
+    batch = _chosen_batch(batch, group)
     plan = Rounds(workload, model, images, regions or DENSE, group, max_tokens)
     with ExitStack() as stack:
         folder = _checkpoint(model, depth, layers, stack)
@@ -137,7 +146,7 @@ def _title(
     parts += [f"{name} {cut}" for name, cut in cuts.items() if cut is not None]
     parts += [] if plan.max_tokens == _MAX_TOKENS else [f"at most {plan.max_tokens} tokens"]
     parts += [] if peer_regions == _PEER_REGIONS else [f"peers answer {peer_regions}"]
-    parts += [] if batch == _BATCH else [f"batches of {batch}" if batch else "no careful batch"]
+    parts += [] if batch == _usual_batch(plan.group) else [f"batches of {batch}" if batch else "no careful batch"]
     parts += [] if tile_reuse else ["no tile kept"]
     parts += [] if apart else ["peers in garserve's process"]
     return ", ".join(parts)
@@ -151,6 +160,20 @@ def _conditions(plan: Rounds, sides: Sequence[Side], count: int) -> str:
         "are answers a second, ratios medians of those of each round; vLLM with KV blocks of 32 tokens; of a round's "
         f"{count} requests: {'; '.join(told(side, count) for side in sides)}"
     )
+
+
+def _usual_batch(group: int) -> int:
+    """Return the least batch, from `_LEAST_BATCH` on, of which no group is cut."""
+    return -(-_LEAST_BATCH // group) * group
+
+
+def _chosen_batch(batch: int | None, group: int) -> int:
+    """Return the batch size that was given, or the usual one. Raises typer.BadParameter where it would cut groups."""
+    if batch is None:
+        return _usual_batch(group)
+    if batch % group:
+        raise typer.BadParameter(f"--batch: expected a multiple of --group {group}, whose masks are one, got {batch}")
+    return batch
 
 
 def _refuse_ignored(model: str, workload: Kind, *, depth: int | None, layers: int | None, regions: int | None) -> None:

@@ -4,6 +4,8 @@ import json
 import re
 import shlex
 import sys
+from hashlib import sha256
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ prefer_intel()  # before torch comes: for garserve and for its peers
 from garserve.bench.machine import machine, versions  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
+_DIGITS = 12  # enough to tell weights apart
 
 
 def save(name: str, figures: Any, conditions: str) -> Path:
@@ -33,8 +36,8 @@ def add(name: str, title: str, entry: dict[str, Any], conditions: str) -> Path:
 
 
 def origin() -> dict[str, Any]:
-    """Return where figures come from: the machine, the versions, and the command that this is."""
-    return {"machine": machine(), "versions": versions(), "command": command()}
+    """Return where figures come from: the machine, the versions, the shipped weights, and the command that this is."""
+    return {"machine": machine(), "versions": versions(), "tiny": _tiny(), "command": command()}
 
 
 def command() -> str:
@@ -49,6 +52,12 @@ def folder() -> Path:
     described = machine()
     device = str(described.get("gpu") or f"{described['cpu']} {described['threads']} threads")
     return RESULTS / re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def _tiny() -> str:
+    """Return what tells the tiny checkpoint's weights from others: the start of their file's SHA-256."""
+    weights = files("garserve") / "data" / "tiny" / "model.safetensors"
+    return sha256(weights.read_bytes()).hexdigest()[:_DIGITS]
 
 
 def _entries(name: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`garserve bench`: how fast a checkpoint is on this machine, and how near to what the machine can do (floor 8)."""
 
 import json
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from random import randrange
@@ -31,19 +32,23 @@ from garserve.cli_options import (
     MaxTilesOption,
     TileCacheOption,
     VerboseOption,
+    parse_engine_options,
 )
-from garserve.cli_shared import console, open_engine, status_console
+from garserve.cli_shared import console, open_engine, status_console, write_asked
 from garserve.errors import GarserveError
 
 if TYPE_CHECKING:
     from garserve.bench.result import Result
+
+if TYPE_CHECKING:
+    pass
 
 benchmarks = typer.Typer(no_args_is_help=True)
 
 
 @benchmarks.callback()
 def root() -> None:
-    """Measure latency, throughput and their parts, with the machine, the versions and the distance to a limit."""
+    """Measure latency, throughput and their parts, with the machine, the versions and, where there is one, a limit."""
 
 
 @benchmarks.command()
@@ -64,13 +69,19 @@ def latency(
     save: SaveOption = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """Answer requests one after the other: preprocess, vision, replay, prefill, TTFT, ITL, end to end."""
+    """Answer requests one after the other: preprocess, vision, replay, prefill, TTFT, ITL, end to end.
+
+    vLLM schedules without async_scheduling, by which the first decoding step
+    would be counted in TTFT, unless an option of the engine says otherwise.
+    """
     from garserve.bench.latency import latency as measure_latency
-    from garserve.bench.workload import make_workload, parse_pair
+    from garserve.bench.workload import make_workload, parse_size
     from garserve.tracing import write_chrome_trace
 
     check_targets(save, trace)
-    asked = make_workload(workload, images + 1, parse_pair("--size", size), max_tokens=max_tokens)
+    if backend == "vllm" and "async_scheduling" not in parse_engine_options(engine_option):
+        engine_option = [*(engine_option or []), "async_scheduling=false"]
+    asked = make_workload(workload, images + 1, parse_size(size), max_tokens=max_tokens)
     each = len(asked.requests) // (images + 1)
     with open_engine(
         checkpoint, backend, engine_option, verbose, max_num_tiles=max_num_tiles, tile_cache_gb=tile_cache_gb
@@ -78,13 +89,7 @@ def latency(
         conditions = f"{checkpoint} ({backend}), {workload}, {size} pixels"
         conditions += chosen(max_num_tiles, tile_cache_gb, engine_option, max_tokens)
         result, spans = measure_latency(engine, asked.requests[each:], asked.requests[0], conditions)
-    _show(result, as_json, save)
-    if trace is not None:  # last: figures that took minutes do not hang on it
-        try:
-            write_chrome_trace(trace, spans)
-        except OSError as error:
-            raise GarserveError(f"--trace {trace}: cannot be written ({error.strerror or error})") from None
-        status_console.print(f"Saved {trace}")
+    _show(result, as_json, save, trace, lambda path: write_chrome_trace(path, spans))
 
 
 @benchmarks.command()
@@ -109,10 +114,10 @@ def throughput(
     """Answer many requests together: answers, images and tokens a second."""
     from garserve.bench.real import real_workload
     from garserve.bench.throughput import throughput as measure_throughput
-    from garserve.bench.workload import make_workload, parse_pair
+    from garserve.bench.workload import make_workload, parse_size
 
     check_targets(save)
-    pixels = parse_pair("--size", size)
+    pixels = parse_size(size)
     if regions is None:
         asked = make_workload(workload, images, pixels, max_tokens=max_tokens, group=group)
     else:
@@ -142,10 +147,10 @@ def preprocess(
 ) -> None:
     """Prepare requests about one photograph: masks, tiles and prompt, without a model."""
     from garserve.bench.preprocess import preprocess as measure_preprocess
-    from garserve.bench.workload import parse_pair
+    from garserve.bench.workload import parse_size
 
     check_targets(save)
-    pixels = parse_pair("--size", size)
+    pixels = parse_size(size)
     _show(measure_preprocess(resolve(checkpoint), pixels, regions, max_num_tiles, rounds), as_json, save)
 
 
@@ -217,13 +222,13 @@ def serve(
         int, typer.Option(min=1, help="Clients of a closed loop: each sends its next request after an answer.")
     ] = 8,
     slo_ttft: Annotated[
-        float | None, typer.Option(min=0, help="TTFT limit in seconds for goodput: until the first token.")
+        float | None, typer.Option(min=0, help="TTFT limit in seconds for goodput: until the first text.")
     ] = None,
     slo_tpot: Annotated[
         float | None, typer.Option(min=0, help="TPOT limit in seconds for goodput: mean time between tokens.")
     ] = None,
     slo_e2e: Annotated[
-        float | None, typer.Option(min=0, help="E2E limit in seconds for goodput: until the last token.")
+        float | None, typer.Option(min=0, help="E2E limit in seconds for goodput: until the answer's last chunk.")
     ] = None,
     max_tokens: AnswerOption = 64,
     seed: Annotated[
@@ -239,8 +244,10 @@ def serve(
 ) -> None:
     """Load a running server: TTFT, TPOT, ITL, E2E, and how many requests a second kept the limits.
 
-    Without [bold]--rate[/], the load is a closed loop. A server with keys gets
-    that of GARSERVE_API_KEY. Needs httpx ([bold]pip install 'garserve\\[serve][/]').
+    Chunks are counted as in vllm bench serve, but from the first text on: TTFT
+    there ends with the chunk that names the role, which has no token. Without
+    [bold]--rate[/], the load is a closed loop. A server with keys gets that of
+    GARSERVE_API_KEY. Needs httpx ([bold]pip install 'garserve\\[serve][/]').
     """
     if find_spec("httpx") is None:
         raise GarserveError("bench serve needs httpx: pip install 'garserve[serve]'")
@@ -249,12 +256,12 @@ def serve(
     from garserve.bench.load import bodies
     from garserve.bench.serve import Limits
     from garserve.bench.serve import serve as measure_serve
-    from garserve.bench.workload import PER_SEED, make_workload, parse_pair
+    from garserve.bench.workload import PER_SEED, make_workload, parse_size
 
     check_targets(save)
     seed = randrange(10_000) if seed is None else seed
     first = seed * PER_SEED  # a server remembers what it has seen: other pictures for each seed
-    pixels = parse_pair("--size", size)
+    pixels = parse_size(size)
     asked = make_workload(workload, images, pixels, max_tokens=max_tokens, first=first)
     warm = bodies(make_workload("stream", 1, pixels, max_tokens=max_tokens, first=first + images), model, max_tokens)
     limits, requests = Limits(slo_ttft, slo_tpot, slo_e2e), bodies(asked, model, max_tokens)
@@ -263,11 +270,22 @@ def serve(
     _show(result, as_json, save)
 
 
-def _show(result: "Result", as_json: bool, save: Path | None) -> None:
+def _show(
+    result: "Result",
+    as_json: bool,
+    save: Path | None,
+    trace: Path | None = None,
+    write_trace: Callable[[Path], None] = lambda path: None,
+) -> None:
+    """Save and print figures, then write the trace: what took minutes hangs on no other file and on no terminal.
+
+    Raises GarserveError, last of all, for a file that could not be written.
+    """
+    wrong = write_asked("--save", save, result.write)
     if as_json:
         typer.echo(json.dumps(result.document(), indent=2))
     else:
         result.show(console)
-    if save is not None:
-        result.write(save)
-        status_console.print(f"Saved {save}")
+    wrong += write_asked("--trace", trace, write_trace)
+    if wrong:
+        raise GarserveError("; ".join(wrong))

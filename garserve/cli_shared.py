@@ -1,10 +1,12 @@
-"""What all commands share: the two consoles, and an engine behind a spinner (floor 7)."""
+"""What all commands share: the two consoles, an engine behind a spinner, and a file that is asked for (floor 7)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from garserve.cli_options import OWN_OPTIONS, parse_engine_options
 
@@ -45,3 +47,15 @@ def engine_options(backend: str, options: list[str] | None, verbose: bool, **cho
     if backend == "vllm":
         extra.setdefault("verbose", verbose)
     return extra
+
+
+def write_asked(option: str, path: Path | None, write: Callable[[Path], None]) -> list[str]:
+    """Write a file where one is asked for, and return what went wrong."""
+    if path is None:
+        return []
+    try:
+        write(path)
+    except OSError as error:
+        return [f"{option} {path}: cannot be written ({error.strerror or error})"]
+    status_console.print(f"Saved {escape(str(path))}")
+    return []

@@ -1,6 +1,7 @@
 """`garserve bench`: what it counts, what it asks, what it refuses."""
 
 import errno
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -8,15 +9,18 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 import garserve
+from garserve import cli_bench
 from garserve.bench import cost, latency, operators, preprocess
 from garserve.bench import runtime as runtime_module
 from garserve.bench.kinds import KINDS
@@ -228,6 +232,15 @@ def test_commands_refuse_what_they_cannot_do(tmp_path: Path) -> None:
         (["latency", "--trace", str(tmp_path)], "expected a file that can be written"),
         (["serve", "http://127.0.0.1:9", "--save", str(tmp_path)], "expected a file that can be written"),
         (["preprocess", "--size", "640"], "--size: expected two whole numbers"),
+        (
+            ["preprocess", "--size", "1x1"],
+            "--size: expected two whole numbers from 2 to 20000 as in 640x480, got '1x1'",
+        ),
+        (["latency", "--size", "2x1"], "--size: expected two whole numbers from 2"),
+        (
+            ["latency", "--save", str(tmp_path / "x"), "--trace", f"{tmp_path}/./x"],
+            "--save and --trace, got it for both",
+        ),
         (["throughput", "--workload", "five", "--group", "3"], "group: expected 1 to 5"),
         (
             ["throughput", "--regions", "masks.jsonl", "--workload", "dense"],
@@ -266,6 +279,85 @@ def test_figures_outlive_a_trace_that_cannot_be_written(tmp_path: Path, monkeypa
     assert "--trace" in str(done.exception)
     assert "cannot be written (No space left on device)" in str(done.exception)
     assert json.loads(done.stdout)["figures"] == json.loads(saved.read_text())["figures"] != []
+
+
+def test_a_trace_outlives_figures_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both files are tried and the figures shown, before what is wrong is told."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    result = Result("latency", "here", [{"stage": "end to end", "ms": 7.0}])
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr("garserve.tracing.write_chrome_trace", lambda path, spans: path.write_bytes(b"spans"))
+    monkeypatch.setattr("garserve.cli_bench.open_engine", lambda *one, **more: nullcontext())
+    monkeypatch.setattr(latency, "latency", lambda *one: (result, []))
+    saved, trace = tmp_path / "figures.json", tmp_path / "t.json"
+    arguments = ["--images", "1", "--size", "120x90", "--json", "--save", str(saved), "--trace", str(trace)]
+    done = runner.invoke(app, ["bench", "latency", *arguments])
+    assert isinstance(done.exception, GarserveError), done.output
+    assert str(done.exception) == f"--save {saved}: cannot be written (No space left on device)"
+    assert json.loads(done.stdout)["figures"] == [{"stage": "end to end", "ms": 7.0}]
+    assert trace.read_bytes() == b"spans"
+
+
+def test_texts_of_a_server_are_shown_as_they_came(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are neither markup, which could end the command, nor orders to a terminal; the file is written first."""
+    note = "first failure: no [/models/GAR-1B], [body] is [red] :smile: \x1b[2J"
+    result = Result("serve", "at [/here]", [{"figure": "[/one]"}, {"figure": "[b]two"}], [note])
+    screen, saved = Console(file=io.StringIO(), width=200), tmp_path / "figures.json"
+    monkeypatch.setattr(cli_bench, "console", screen)
+    cli_bench._show(result, False, saved)
+    shown = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert note.replace("\x1b", "\N{REPLACEMENT CHARACTER}") in shown
+    assert all(text in shown for text in ("at [/here]", "[/one]", "[b]two"))
+    Result("serve", "here", [{"[/figure]": "[/one]"}]).show(screen)
+
+    saved.unlink()
+    monkeypatch.setattr(Result, "show", Mock(side_effect=BrokenPipeError))
+    with pytest.raises(BrokenPipeError):
+        cli_bench._show(result, False, saved)
+    assert json.loads(saved.read_text())["notes"] == [note]
+
+
+@pytest.mark.parametrize("options", [[], ["async_scheduling=true"], ["seed=1"]])
+def test_latency_is_measured_one_step_at_a_time(monkeypatch: pytest.MonkeyPatch, options: list[str]) -> None:
+    """A step that is sent ahead would be counted in TTFT; whoever asks for it has it, and conditions say which."""
+    opened: list[Any] = []
+    measured = Mock(return_value=(Result("latency", "here", [{"stage": "E2E"}]), []))
+
+    def open_engine(checkpoint: str, backend: str, given: list[str] | None, *_: Any, **__: Any) -> Any:
+        opened.append(given)
+        return nullcontext()
+
+    monkeypatch.setattr("garserve.cli_bench.open_engine", open_engine)
+    monkeypatch.setattr(latency, "latency", measured)
+    told = [part for option in options for part in ("--engine-option", option)]
+    arguments = ["bench", "latency", "--images", "1", "--size", "120x90", "--json", *told]
+    assert runner.invoke(app, arguments).exit_code == 0
+    wanted = options if "async_scheduling=true" in options else [*options, "async_scheduling=false"]
+    assert opened == [wanted]
+    assert all(f"--engine-option {option}" in measured.call_args.args[3] for option in wanted)
+    assert runner.invoke(app, [*arguments, "--backend", "reference"]).exit_code == 0
+    assert opened[1] == (options or None)
+
+
+def test_stages_of_another_process_are_not_taken_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would be zeros: the engine's spans stay where its model runs."""
+    uniproc = pytest.importorskip("vllm.v1.executor.uniproc_executor")
+    multiproc = pytest.importorskip("vllm.v1.executor.multiproc_executor")
+    backend: Any = object.__new__(VLLMBackend)
+    engine: Any = SimpleNamespace(backend=backend)
+    monkeypatch.setattr(latency, "measure", Mock(side_effect=AssertionError))
+    here = SimpleNamespace(model_executor=object.__new__(uniproc.UniProcExecutor))
+    ranks = SimpleNamespace(model_executor=object.__new__(multiproc.MultiprocExecutor))
+    for vllm_engine in (SimpleNamespace(), ranks):
+        backend.driver = SimpleNamespace(engine=vllm_engine)
+        with pytest.raises(RequestError, match=r"runs its model in this process, .* separate_process or several ranks"):
+            latency.latency(engine, [], Mock(), "here")
+    backend.driver = SimpleNamespace(engine=here)
+    assert runtime_module.stages_seen(engine)
+    del here.model_executor, ranks.model_executor  # neither was started, so neither can be shut down
 
 
 def test_serve_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,17 @@
 
 import asyncio
 import json
+import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -16,7 +20,7 @@ from garserve.bench import load
 from garserve.bench.load import Outcome, bodies, closed_loop, open_loop
 from garserve.bench.serve import Limits, _percentiles, serve
 from garserve.bench.workload import make_workload
-from garserve.errors import GarserveError
+from garserve.errors import GarserveError, RequestError
 from garserve.inputs.regions import Region
 
 SIZE = (120, 90)
@@ -111,6 +115,8 @@ def test_open_loop_sends_at_its_times(server: ThreadingHTTPServer) -> None:
 def test_failures_are_counted_and_never_good(server: ThreadingHTTPServer) -> None:
     good = bodies(make_workload("dense", 1, SIZE, max_tokens=8), "tiny", 8)[:3]
     bad = [{**good[0], "model": "another"}]
+    (failed,) = asyncio.run(closed_loop(_url(server), bad, 1))
+    assert failed.ended > failed.sent >= failed.due > 0
     result = serve(_url(server) + "/v1/", [*good, *bad], "here", Limits(), clients=2)
     figures = {row["figure"]: row for row in result.rows}
     assert figures["failed"]["value"] == 1
@@ -121,6 +127,148 @@ def test_failures_are_counted_and_never_good(server: ThreadingHTTPServer) -> Non
         serve(_url(server), bad, "here", Limits())
     with pytest.raises(GarserveError, match="none of 1 requests was answered: ConnectError"):
         serve("http://127.0.0.1:9", bad, "here", Limits())
+
+
+def test_time_that_failures_took_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = Outcome(due=1.0, ended=2.0, arrivals=[1.5, 2.0], tokens=3)
+
+    async def outcomes(*_: Any) -> list[Outcome]:
+        return [answer, Outcome(due=1.0, ended=11.0, error="status 500")]
+
+    monkeypatch.setattr("garserve.bench.serve.closed_loop", outcomes)
+    rows = {row["figure"]: row.get("value") for row in serve("http://127.0.0.1:9", [], "here", Limits()).rows}
+    assert (rows["requests/s"], rows["goodput, requests/s"], rows["answer tokens/s"]) == (0.1, 0.1, 0.3)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "localhost:8000", "ftp://127.0.0.1", "http://", "http://[::1", "http://127.0.0.1:99999", "http://h:9/\x00"],
+)
+def test_what_is_no_address_is_refused(url: str) -> None:
+    with pytest.raises(RequestError, match="URL: expected a server's address as in .*, got " + re.escape(repr(url))):
+        serve(url, [{}], "here", Limits())
+
+
+def _chunk(delta: dict[str, Any], finish_reason: str | None = None) -> str:
+    event = {"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]}
+    return f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
+
+
+DONE = "data: [DONE]\n\n"
+USAGE = 'data: {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 6}}\n\n'
+# What vLLM's server sends, by the seconds at which it comes: the role with the first token, a token without text, and
+# at last a chunk for the stop token alone.
+RECORDED = [
+    (0.25, _chunk({"role": "assistant", "content": ""})),
+    (0.25, _chunk({"content": "A "})),
+    (0.375, _chunk({"content": "cup"})),
+    (0.5, _chunk({"content": ""})),
+    (0.75, _chunk({"content": "\u2028of\x85 two \N{HOT BEVERAGE}"})),
+    (1.25, _chunk({"content": ""}, "stop")),
+    (2.0, USAGE),
+    (3.0, DONE),
+]
+
+
+class _Recorded(httpx.AsyncByteStream):
+    """A stream of which each part comes at its time, by a clock that only it moves."""
+
+    def __init__(self, clock: list[float], parts: Sequence[tuple[float, str]]) -> None:
+        self.clock, self.parts = clock, parts
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for when, text in self.parts:
+            self.clock[0] = when
+            yield text.encode()
+
+
+def _asked(monkeypatch: pytest.MonkeyPatch, parts: Sequence[tuple[float, str]]) -> Outcome:
+    """What is made of a stream that was asked for at second 0."""
+    clock = [0.0]
+    monkeypatch.setattr(load, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    async def ask() -> Outcome:
+        transport = httpx.MockTransport(lambda request: httpx.Response(200, stream=_Recorded(clock, parts)))
+        async with httpx.AsyncClient(transport=transport) as client:
+            return await load._ask(client, "http://127.0.0.1:9", {}, 0.0)
+
+    return asyncio.run(ask())
+
+
+def test_figures_are_those_of_vllm_over_the_same_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs_module = pytest.importorskip("vllm.benchmarks.lib.endpoint_request_func")
+    clock = [0.0]
+
+    class Session:
+        @asynccontextmanager
+        async def post(self, **_: Any) -> AsyncIterator[Any]:
+            stream = _Recorded(clock, RECORDED)
+            yield SimpleNamespace(status=200, content=SimpleNamespace(iter_any=lambda: aiter(stream)))
+
+    monkeypatch.setattr(theirs_module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    asked = theirs_module.RequestFuncInput("x", "http://h/v1/chat/completions", 1, 9, "tiny", chat_messages=[])
+    theirs = asyncio.run(theirs_module.async_request_openai_chat_completions(asked, Session()))
+    assert theirs.success, theirs.error
+    ours = _asked(monkeypatch, RECORDED)
+    assert ours.error is None
+    assert (ours.ttft, ours.e2e, ours.tokens) == (theirs.ttft, theirs.latency, theirs.output_tokens) == (0.25, 1.25, 6)
+    assert ours.tpot == (theirs.latency - theirs.ttft) / (theirs.output_tokens - 1)
+    assert ours.itl == theirs.itl[1:] == [0.125, 0.125, 0.25, 0.5]
+    assert theirs.itl[0] == 0  # from the role to the first text
+    assert ours.ended == 3.0
+
+
+def test_the_first_token_is_the_first_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server may name the role long before; and an answer may be its end alone."""
+    early = [(0.0, RECORDED[0][1]), (0.125, ": waiting\n\n"), *RECORDED[1:]]
+    assert _asked(monkeypatch, early).ttft == 0.25
+    ended = _asked(monkeypatch, [RECORDED[0], (0.5, _chunk({"content": ""}, "stop")), (0.75, DONE)])
+    assert (ended.error, ended.arrivals, ended.tokens) == (None, [0.5], 0)
+
+
+def test_pieces_are_the_least_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _asked(monkeypatch, [part for part in RECORDED if part[1] != USAGE]).tokens == 3
+
+
+@pytest.mark.parametrize("cut", [2, 3, 5])
+def test_a_stream_that_does_not_end_is_a_failure(monkeypatch: pytest.MonkeyPatch, cut: int) -> None:
+    assert _asked(monkeypatch, RECORDED[:cut]).error == "stream cut off"
+
+
+@pytest.mark.parametrize("end", [RECORDED[5][1], DONE, DONE.rstrip(), "\r\n".join(DONE.split("\n"))])
+def test_a_stream_ends_as_either_says(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    assert _asked(monkeypatch, [*RECORDED[:5], (1.0, end)]).error is None
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        "{",
+        "5",
+        "null",
+        '"text"',
+        "[]",
+        '{"choices": 5}',
+        '{"choices": [5]}',
+        '{"choices": [{"delta": 5}]}',
+        '{"usage": 5}',
+        '{"usage": {"completion_tokens": "many"}}',
+        '{"usage": {"completion_tokens": 1e999}}',
+        "[" * 100_000,
+    ],
+)
+def test_a_line_that_cannot_be_read_fails_its_request_only(monkeypatch: pytest.MonkeyPatch, payload: str) -> None:
+    outcome = _asked(monkeypatch, [*RECORDED[:3], (0.5, f"data: {payload}\n\n"), *RECORDED[4:]])
+    assert outcome.error is not None
+    assert "a line that cannot be read" in outcome.error
+    assert payload[:50] in outcome.error
+    assert outcome.ended == 0.5
+
+
+def test_an_error_in_a_stream_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [*RECORDED[:3], (0.5, 'data: {"error": {"message": "no room"}}\n\n'), (0.5, DONE)]
+    assert "no room" in (_asked(monkeypatch, parts).error or "")
+    assert _asked(monkeypatch, [(0.1, 'data: {"error": null}\n\n'), *RECORDED]).error is None
 
 
 def test_goodput_is_under_the_limits() -> None:

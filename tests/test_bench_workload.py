@@ -13,7 +13,7 @@ from garserve.batch.bundles import Bundle
 from garserve.batch.prepare import Preparation, Preparer, encoded
 from garserve.batch.sources import each_region, open_source
 from garserve.bench.real import photographs, real_workload
-from garserve.bench.workload import picture
+from garserve.bench.workload import make_workload, picture
 from garserve.cli import app
 from garserve.errors import InputError
 from tests.conftest import PHOTO, write_lines
@@ -40,6 +40,13 @@ def test_the_first_pictures_are_the_photograph_as_it_is() -> None:
         whole = np.asarray(photo.convert("RGB").resize(size, Image.Resampling.BICUBIC))
     for number in (0, 1, 30, 359):
         assert np.array_equal(picture(number, size), np.roll(whole, (7 * number, 13 * number), axis=(0, 1)))
+
+
+@pytest.mark.parametrize("size", [(2, 2), (2, 700), (3, 2)])
+def test_the_smallest_images_have_room_for_regions(size: tuple[int, int]) -> None:
+    for request in make_workload("dense", 1, size, max_tokens=8).requests:
+        assert request.image.shape == (size[1], size[0], 3)
+        assert np.asarray(request.regions[0]).any()
 
 
 def test_a_thumbnail_of_later_pictures_differs(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 import sys
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rich.console import Console
 import garserve
 from garserve.bench.machine import Peaks, machine
 from garserve.bench.workload import DENSE
+from garserve.checkpoint import TINY, resolve
 from tests.conftest import ROOT, write_lines
 
 SIZE = (120, 90)
@@ -39,6 +41,8 @@ def test_results_say_where_each_of_them_comes_from(
     said = json.loads(file.read_text())
     assert said["command"] == "python benchmarks/end_to_end.py --rounds 9 masks.jsonl"
     assert said["versions"]["garserve"]
+    assert sha256((resolve(TINY) / "model.safetensors").read_bytes()).hexdigest().startswith(said["tiny"])
+    assert len(said["tiny"]) == 12
     assert (said["conditions"], said["machine"], said["figures"]) == ("here", machine(), {"a": 1})
 
     old = {"conditions": "of old", "machine": {"cpu": "another"}, "figures": {"first": {"command": "its own", "x": 1}}}
@@ -92,6 +96,25 @@ def test_the_sizes_of_a_careful_users_batches_are_told(scripts: None) -> None:
     assert told(Side("garserve", lambda requests: [], None), 20) == "garserve 20"
 
 
+@pytest.mark.parametrize(("group", "batch"), [(1, 4), (2, 4), (3, 6), (4, 4), (5, 5)])
+def test_a_careful_users_batch_is_of_whole_groups(scripts: None, group: int, batch: int) -> None:
+    from end_to_end import _chosen_batch
+    from sides import Side, taken
+
+    assert _chosen_batch(None, group) == batch
+    assert _chosen_batch(2 * group, group) == 2 * group
+    assert _chosen_batch(0, group) == 0
+    side = Side("careful batch", lambda requests: [], -(-5 // batch) * batch, batch)
+    for _ in range(9):
+        positions = taken(side, 20, group)
+        firsts = positions[::batch]
+        assert all(first % group == 0 for first in firsts)
+        side.rates.append(1.0)
+    if group > 1:
+        with pytest.raises(typer.BadParameter, match=f"--batch: expected a multiple of --group {group}, .* got 7"):
+            _chosen_batch(7, group)
+
+
 def test_other_conditions_have_another_title(scripts: None) -> None:
     import end_to_end
 
@@ -99,6 +122,7 @@ def test_other_conditions_have_another_title(scripts: None) -> None:
 
     def title(**given: Any) -> str:
         said = {**usual, "regions": DENSE, **given}
+        said["batch"] = end_to_end._chosen_batch(said["batch"], said["group"])
         asked = ("workload", "model", "images", "regions", "group", "max_tokens")
         plan = end_to_end.Rounds(*(said[name] for name in asked))
         rest = {name: said[name] for name in ("peer_regions", "batch", "tile_reuse", "apart")}
@@ -120,6 +144,8 @@ def test_other_conditions_have_another_title(scripts: None) -> None:
         {"apart": False},
     ]
     assert title() == "tiny, dense of 20, groups of 1"  # as plot.py looks for it
+    assert title(group=4, batch=4) == title(group=4) == "tiny, dense of 20, groups of 4"
+    assert title(group=3) == "tiny, dense of 20, groups of 3"
     assert len({title(), *(title(**other) for other in others)}) == len(others) + 1
 
 
@@ -145,7 +171,7 @@ def test_what_is_printed_and_saved_has_its_conditions(
         "1 requests: garserve 1; upstream 1, one at a time; careful batch 1, in batches of 1 neighbours"
     )
     shown = end_to_end.console.export_text()
-    for key in ("conditions", "machine", "versions", "command", "tower", "peers", "careful batch", "bound"):
+    for key in ("conditions", "machine", "versions", "tiny", "command", "tower", "peers", "careful batch", "bound"):
         assert key in entry
         assert re.search(rf"^│ {key} ", shown, re.MULTILINE)
     assert "python benchmarks/end_to_end.py --max-tokens 2" in shown

@@ -12,10 +12,10 @@ import torch
 from garserve.bench.cost import decode_bytes, prefill_flops, replay_bytes, tile_flops
 from garserve.bench.machine import peaks
 from garserve.bench.result import Result, Row
-from garserve.bench.runtime import Runtime, runtime
+from garserve.bench.runtime import Runtime, runtime, stages_seen
 from garserve.config import GARConfig
 from garserve.engine import Engine
-from garserve.errors import GarserveError
+from garserve.errors import GarserveError, RequestError
 from garserve.generation import Report, Sampling
 from garserve.inputs.request import RegionRequest
 from garserve.tracing import Span, recording
@@ -103,8 +103,14 @@ def latency(
 ) -> tuple[Result, list[Span]]:
     """Answer `warm`, then each request alone, and return medians with the spans of the last one.
 
-    Raises GarserveError where the stages do not sum to the whole within 5 %.
+    Raises RequestError for an engine whose model runs in another process, GarserveError where the stages do not sum to
+    the whole within 5 %.
     """
+    if not stages_seen(engine):
+        raise RequestError(
+            "latency: expected an engine that runs its model in this process, where its stages are seen, got one with "
+            "separate_process or several ranks; `garserve bench throughput` measures it as a whole"
+        )
     measure(engine, warm)
     measured = [measure(engine, request) for request in requests]
     lines = [timeline for timeline, _ in measured]

@@ -1,6 +1,7 @@
 """Options that verbs of `garserve bench` share, checked and told; for `cli_bench.py`, so nothing heavy is imported."""
 
 from collections.abc import Sequence
+from os.path import realpath
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -33,10 +34,16 @@ def refuse(context: typer.Context, names: Sequence[str], reason: str) -> None:
 
 
 def check_targets(*targets: Path | None) -> None:
-    """Raise RequestError for a file that could not be written, before anything is measured for it."""
+    """Raise RequestError for a file that could not be written, or is named twice, before anything is measured."""
+    given: set[str] = set()
     for target in targets:
-        if target is not None and (wrong := unwritable(target)):
+        if target is None:
+            continue
+        if wrong := unwritable(target):
             raise RequestError(f"{target}: {wrong}")
+        if (real := realpath(target)) in given:
+            raise RequestError(f"{target}: expected another file for each of --save and --trace, got it for both")
+        given.add(real)
 
 
 def chosen(tiles: int | None, cache_gb: float | None, engine: list[str] | None, tokens: int) -> str:

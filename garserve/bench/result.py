@@ -7,8 +7,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from garserve.bench.machine import machine, versions
+from garserve.cli_options import printable
 
 Row = dict[str, Any]
 
@@ -37,26 +39,31 @@ class Result:
         path.write_text(json.dumps(self.document(), indent=2) + "\n", encoding="utf-8")
 
     def show(self, console: Console) -> None:
-        """Print a table with the machine and the conditions above it."""
+        """Print a table with the machine and the conditions above it, texts as they are: they may be a server's."""
         described = {**machine(), **versions()}
-        console.print(", ".join(f"{key} {value}" for key, value in described.items()), style="dim", highlight=False)
-        console.print(self.conditions, highlight=False)
+        console.print(_plain(", ".join(f"{key} {value}" for key, value in described.items())), style="dim")
+        console.print(_plain(self.conditions))
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
         if len(self.rows) == 1:
             table = Table("figure", "value")
             for column in columns:
-                table.add_row(column, _text(self.rows[0][column]))
+                table.add_row(_plain(column), _plain(_text(self.rows[0][column])))
         else:
             table = Table(*columns)
             for row in self.rows:
-                table.add_row(*(_text(row.get(column, "")) for column in columns))
+                table.add_row(*(_plain(_text(row.get(column, ""))) for column in columns))
         console.print(table)
         for note in self.notes:
-            console.print(note, highlight=False)
+            console.print(_plain(note))
 
 
 def _short(value: Any) -> Any:
     return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def _plain(text: str) -> Text:
+    """Return a text in which rich finds no markup, and which tells a terminal nothing."""
+    return Text(printable(text))
 
 
 def _text(value: Any) -> str:

@@ -43,5 +43,16 @@ def runtime(engine: Engine) -> Runtime:
     return Runtime(f"ONNX Runtime ({provider}), {stored}", "float32", dtype, graphs)
 
 
+def stages_seen(engine: Engine) -> bool:
+    """Say whether the model runs in this process, where its spans are recorded, and not in one of vLLM's own."""
+    backend: Any = engine.backend
+    if not isinstance(backend, VLLMBackend):
+        return True
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    executor = getattr(backend.driver.engine, "model_executor", None)  # none where the engine's core is elsewhere
+    return isinstance(executor, UniProcExecutor)
+
+
 def _name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from garserve.bench.load import Outcome, closed_loop, open_loop
+from garserve.bench.load import Outcome, base_url, closed_loop, open_loop
 from garserve.bench.result import Result, Row
 from garserve.errors import GarserveError
 
@@ -46,9 +46,10 @@ def serve(
     """Load the server at `url`: open loop with `rate` requests a second, closed loop with `clients` where it is None.
 
     Requests in `warm` are sent first, one after the other, and not counted.
-    Raises GarserveError where nothing was answered; failed requests are counted, and never good.
+    Raises RequestError where `url` is no address, GarserveError where nothing was answered; failed requests are
+    counted, with the time that they took, and never good.
     """
-    base = url.rstrip("/").removesuffix("/v1")
+    base = base_url(url)
     asyncio.run(closed_loop(base, warm, 1))
     if rate is None:
         outcomes = asyncio.run(closed_loop(base, requests, clients))
@@ -59,7 +60,7 @@ def serve(
     if not answered:
         raise GarserveError(f"serve: none of {len(outcomes)} requests was answered: {errors[0] if errors else url}")
     rows = _percentiles(answered)
-    seconds = max(one.arrivals[-1] for one in answered) - min(one.due for one in outcomes)
+    seconds = max(one.ended for one in outcomes) - min(one.due for one in outcomes)
     good = sum(limits.kept(one) for one in answered)
     rates: dict[str, float] = {
         "requests/s": len(answered) / seconds,

@@ -20,7 +20,7 @@ from garserve.inputs.request import RegionRequest
 DENSE = 20
 PER_SEED = 1_000_000  # numbers of images that a seed has for itself: more images than anyone holds in memory
 _FIVE, _QUESTIONS = 5, 10
-_LONGEST_SIDE = 20_000
+_SHORTEST_SIDE, _LONGEST_SIDE = 2, 20_000
 _DOWN, _ACROSS = 7, 13  # pixels by which each picture is shifted against the one before
 _LIGHT_STEP = 32  # pixels between the points whose light is drawn
 _SMALLEST, _LARGEST = 0.004, 0.15  # of the image, what a region covers
@@ -62,12 +62,19 @@ def make_workload(
     return Workload(kind, requests, images)
 
 
-def parse_pair(option: str, text: str) -> tuple[int, int]:
-    """Read two whole numbers as in 640x480. Raises RequestError naming the option."""
+def parse_pair(option: str, text: str, least: int = 1) -> tuple[int, int]:
+    """Read two whole numbers of at least `least` as in 640x480. Raises RequestError naming the option."""
     parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdecimal() and 0 < int(part) <= _LONGEST_SIDE for part in parts):
-        raise RequestError(f"{option}: expected two whole numbers as in 640x480, got {text!r:.40}")
+    if len(parts) != 2 or not all(part.isdecimal() and least <= int(part) <= _LONGEST_SIDE for part in parts):
+        raise RequestError(
+            f"{option}: expected two whole numbers from {least} to {_LONGEST_SIDE} as in 640x480, got {text!r:.40}"
+        )
     return int(parts[0]), int(parts[1])
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Read --size as (width, height) in pixels. Raises RequestError, also for a side on which no region has room."""
+    return parse_pair("--size", text, _SHORTEST_SIDE)
 
 
 def picture(number: int, size: tuple[int, int]) -> NDArray[np.uint8]:
