@@ -356,18 +356,22 @@ def test_a_step_of_muon_is_an_orthogonal_matrix() -> None:
 
 
 def test_phases_follow_one_another_and_the_rate_ends_near_nothing() -> None:
-    plan = training_module("schedule").Schedule(300, 0, 100, 50)
+    plan = training_module("schedule").Schedule(300, 0, 100, 50, 40)
     phases = [plan.phase(step) for step in range(300)]
     assert phases == ["tower"] * 100 + ["decoder"] * 50 + ["all"] * 150
     assert plan.rate(0) == 0.01
     assert plan.rate(100) == pytest.approx(0.007)
     assert max(map(plan.rate, range(300))) <= 1
-    assert plan.rate(299) == pytest.approx(0.007)
+    assert plan.rate(259) == pytest.approx(0.007)
+    assert [plan.has_groups(step) for step in (259, 260, 299)] == [False, True, True]
+    assert 0.08 < max(plan.rate(step) for step in range(260, 300)) < 0.15
+    assert plan.rate(299) == pytest.approx(0.15 / 40)
     further = plan.further(1000)
     assert [further.phase(step) for step in (0, 59, 60, 999)] == ["heads", "heads", "all", "all"]
     assert [round(further.rate(step), 3) for step in (59, 60, 999)] == [1.0, 0.007, 0.007]
-    with pytest.raises(SystemExit, match="steps: expected at least the 150 of the first phases, got 100"):
-        training_module("schedule").Schedule(100, 0, 100, 50)
+    assert not further.has_groups(999)
+    with pytest.raises(SystemExit, match="steps: expected at least the 190 of the phases, got 189"):
+        training_module("schedule").Schedule(189, 0, 100, 50, 40)
 
 
 def test_a_checkpoint_is_taught_further_from_its_own_weights(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -396,6 +400,27 @@ def test_no_question_about_a_part_of_the_truth(shown: object) -> None:
     assert not texts & {"Is <Prompt0> at the top of the image?", "Is <Prompt0> at the left of the image?"}
     assert "Is <Prompt1> around <Prompt0>?" in texts
     assert "Is <Prompt1> overlapping <Prompt0>?" not in texts
+
+
+def test_the_last_examples_describe_each_of_many_regions(
+    maker: object, shown: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "picture", lambda rng: shown)
+    train = training_module("train")
+    last = train.Examples(maker, 0, 8, 4)
+    monkeypatch.setattr(type(maker), "__call__", lambda self, seed: seed)
+    assert [last[index] for index in (0, 1, 2, 3, 5, 7)] == [(1, index) for index in (0, 1, 2, 3, 5, 7)]
+    counts = set()
+    for index in (4, 6):
+        described = [one.text for (one,) in last[index].branches if one.form == "describe"]
+        counts.add(len(last[index].numbers))
+        assert last[index].numbers.tolist() == list(range(len(last[index].numbers)))
+        for number in last[index].numbers.tolist():
+            assert any(f"<Prompt{number}>" in text for text in described)
+    assert max(counts) > 3, "more than the picture has of its own"
+    drawn = pictures.crowded(np.random.default_rng(3)).masks
+    assert len(drawn) <= 5
+    assert np.sum(drawn, axis=0).max() == 1, "none lies over another"
 
 
 def test_the_same_seed_gives_the_same_example(maker: object, shown: object) -> None:

@@ -186,6 +186,19 @@ def picture(rng: Generator) -> Picture:
     return photograph(rng, crowd=TAUGHT) if rng.random() < 0.42 else scene(rng, TAUGHT)
 
 
+def crowded(rng: Generator) -> Picture:
+    """Return a picture to learn from with up to five regions, none over another: its own, and drawn ones."""
+    made = picture(rng)
+    height, width = made.image.shape[:2]
+    drawn = (random_shape(rng, height, width, random_area(rng, 0.003, 0.2)) for _ in range(12))
+    masks: list[Mask] = []
+    for mask in (*made.masks[: rng.integers(len(made.masks) + 1)], *drawn):
+        usable = mask.sum() >= 25 and mask.mean() >= 0.0012
+        if len(masks) < 5 and usable and not any((mask & other).any() for other in masks):
+            masks.append(mask)
+    return Picture(made.image, [masks[i] for i in rng.permutation(len(masks))] or made.masks)
+
+
 def _pick(rng: Generator, image: Pixels, masks: list[Mask], crowd: Crowd) -> Picture:
     """Choose one to five regions, and now and then add one inside of or overlapping another."""
     height, width = image.shape[:2]

@@ -13,7 +13,7 @@ from attributes import COLOURS, SHAPES, TEXTURES, RegionLabels
 from garserve.kernels.roi_axis import axis_weights
 from numpy.random import Generator
 from numpy.typing import NDArray
-from pictures import Picture, picture
+from pictures import Picture, crowded, picture
 from questions import HINTED, Known, Question, about_one, describe, prompt, questions
 
 from garserve.config import GARConfig
@@ -79,6 +79,16 @@ class ExampleMaker:
         if rng.random() < 0.25:
             return self.single(Known.of(Picture(shown.image, shown.masks[:1])), rng)
         return self.multi(Known.of(shown), rng)
+
+    def many(self, seed: tuple[int, ...]) -> Example:
+        """Make an example of up to five regions, each of which is described, as a group of a batch's requests is."""
+        rng = np.random.default_rng(seed)
+        known = Known.of(crowded(rng))
+        listed = list(range(len(known.labels)))
+        names = [prompt(i) for i in listed]
+        branches = [[describe(known, i, names[i], rng)] for i in listed]
+        branches += [[one] for one in questions(known, listed, names, QUESTIONS - len(branches), rng)]
+        return self._example(known, listed, listed, branches, rng, single=False)
 
     def single(self, known: Known, rng: Generator) -> Example:
         """Return the authors' single-region form: a description, then further turns about the same region."""

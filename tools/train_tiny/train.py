@@ -35,16 +35,18 @@ TRAINING, HELD_OUT = 1, 2
 
 
 class Examples(Dataset[Example]):
-    """Examples number `start`, `start` + 1, … of the endless training data."""
+    """Examples number `start`, `start` + 1, … of the training data; from `groups` on, every other has many regions."""
 
-    def __init__(self, maker: ExampleMaker, start: int, stop: int) -> None:
-        self.maker, self.start, self.stop = maker, start, stop
+    def __init__(self, maker: ExampleMaker, start: int, stop: int, groups: int) -> None:
+        self.maker, self.start, self.stop, self.groups = maker, start, stop, groups
 
     def __len__(self) -> int:
         return self.stop - self.start
 
     def __getitem__(self, index: int) -> Example:
-        return self.maker((TRAINING, self.start + index))
+        number = self.start + index
+        many = number >= self.groups and number % 2 == 0
+        return self.maker.many((TRAINING, number)) if many else self.maker((TRAINING, number))
 
 
 def main(
@@ -52,9 +54,12 @@ def main(
     start: Annotated[
         Path | None, typer.Option(help="A tiny checkpoint to teach further: the dropped heads first, then everything.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps in all.")] = 4500,
+    steps: Annotated[int, typer.Option(min=1, help="Steps in all.")] = 4800,
     vision_steps: Annotated[int, typer.Option(min=0, help="First steps, of the tower alone; 0 with --start.")] = 900,
     decoder_steps: Annotated[int, typer.Option(min=0, help="Next steps, of the decoder alone; 0 with --start.")] = 600,
+    group_steps: Annotated[
+        int, typer.Option(min=0, help="Last steps, where half of the pictures have many regions; 0 with --start.")
+    ] = 300,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures a step.")] = 16,
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 2e-3,
     workers: Annotated[int, typer.Option(min=0, help="Processes that make pictures.")] = 1,
@@ -63,7 +68,7 @@ def main(
     ] = 250,
 ) -> None:
     """Train, and leave a whole checkpoint in the folder at every look."""
-    schedule = Schedule.further(steps) if start else Schedule(steps, 0, vision_steps, decoder_steps)
+    schedule = Schedule.further(steps) if start else Schedule(steps, 0, vision_steps, decoder_steps, group_steps)
     torch.manual_seed(0)
     config, preprocessor = preset("tiny")
     config["replay_box_scale"] = "geometric"
@@ -85,7 +90,7 @@ def main(
         "photographs": [maker((HELD_OUT, i), lambda rng: photograph(rng, HELD_OUT_PHOTOS)) for i in range(64)],
     }
     loader = DataLoader(
-        Examples(maker, done * batch_size, steps * batch_size),
+        Examples(maker, done * batch_size, steps * batch_size, (steps - schedule.groups) * batch_size),
         batch_size,
         collate_fn=collate_by_length,
         num_workers=workers,
