@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 RESULTS = $(shell $(BIN)/python benchmarks/machine.py)
-REDUCED := --model GAR-1B --depth 2 --layers 1 --rounds 3 --peer-regions 1 --batch 0 --max-tokens 16
+REDUCED := --model GAR-1B --depth 2 --layers 1 --max-tokens 16
 
 .PHONY: demo test lint gpu-check bench bench-full setup lock clean
 
@@ -43,9 +43,9 @@ bench-full: bench
 	$(BIN)/python benchmarks/end_to_end.py --workload stream --images 8 --save
 	$(BIN)/python benchmarks/end_to_end.py --workload five --images 4 --save
 	$(BIN)/python benchmarks/end_to_end.py --workload questions --save
-	$(BIN)/python benchmarks/end_to_end.py $(REDUCED) --save
-	$(BIN)/python benchmarks/end_to_end.py $(REDUCED) --group 4 --save
-	$(BIN)/python benchmarks/end_to_end.py $(REDUCED) --workload stream --images 4 --save
+	$(BIN)/python benchmarks/end_to_end.py $(REDUCED) --peer-regions 2 --batch 2 --save
+	$(BIN)/python benchmarks/end_to_end.py $(REDUCED) --peer-regions 1 --batch 0 --group 4 --save
+	$(BIN)/python benchmarks/end_to_end.py $(REDUCED) --peer-regions 1 --batch 0 --workload stream --images 4 --save
 	$(BIN)/python benchmarks/plot.py
 
 setup: $(READY)
