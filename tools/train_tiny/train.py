@@ -85,26 +85,11 @@ def main(
     if done >= steps:
         print(f"{output}: trained for {done} steps already; --steps above that would go on")
         return
-    held_out = {
-        "scenes": [maker((HELD_OUT, i), scene) for i in range(64)],
-        "photographs": [maker((HELD_OUT, i), lambda rng: photograph(rng, HELD_OUT_PHOTOS)) for i in range(64)],
-    }
-    loader = DataLoader(
-        Examples(maker, done * batch_size, steps * batch_size, (steps - schedule.groups) * batch_size),
-        batch_size,
-        collate_fn=collate_by_length,
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-    )
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    held_out = _held_out(maker)
+    examples = Examples(maker, done * batch_size, steps * batch_size, (steps - schedule.groups) * batch_size)
+    loader = _batches(examples, batch_size, workers)
     with (
-        Progress(*columns) as progress,
+        _bar() as progress,
         (output / "log.jsonl").open("a", encoding="utf-8") as log,
         one_threaded(torch.get_num_threads()) as cores,
     ):
@@ -126,6 +111,25 @@ def main(
                 task, completed=step + 1, description=f"loss {row['answers']:.3f}, hints {row['hints']:.3f}"
             )
     plot(output)
+
+
+def _held_out(maker: ExampleMaker) -> dict[str, list[Example]]:
+    """Make what is looked at, and never learnt from."""
+    return {
+        "scenes": [maker((HELD_OUT, i), scene) for i in range(64)],
+        "photographs": [maker((HELD_OUT, i), lambda rng: photograph(rng, HELD_OUT_PHOTOS)) for i in range(64)],
+    }
+
+
+def _batches(examples: Examples, size: int, workers: int) -> DataLoader[Example]:
+    """Return the batches of examples in their order, made in processes beside."""
+    ahead = 4 if workers else None
+    return DataLoader(examples, size, collate_fn=collate_by_length, num_workers=workers, prefetch_factor=ahead)
+
+
+def _bar() -> Progress:
+    columns = (MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(BarColumn(), *columns)
 
 
 def one_threaded(count: int) -> ThreadPoolExecutor:
